@@ -1,0 +1,153 @@
+"""The `capdist` command: each subcommand a thin call into a module."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from capdist import __version__
+from capdist.errors import UsageError, run_program
+
+app = typer.Typer(
+    help="Train, evaluate and use image captioners.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, or model id of the Hugging Face Hub")]
+BeamSize = Annotated[int | None, typer.Option(min=1, max=100, help="beams; default: as the model was validated")]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
+Config = Annotated[Path, typer.Option(metavar="RECIPE", help="YAML file under configs/")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"capdist {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def train(context: typer.Context) -> None:
+    """Train: starts `accelerate launch` and hands its exit code on. `capdist train --help` lists the options."""
+    from capdist.launcher import launch_training
+
+    raise typer.Exit(launch_training(context.args))
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    source: Annotated[str, typer.Option(help="scenes, flickr8k, karpathy, hub or folder")],
+    path: Annotated[str | None, typer.Option(help="folder or file of the source, or a data set id")] = None,
+    split: Annotated[str, typer.Option(help="train, validation (dev) or test")] = "test",
+    beam_size: BeamSize = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="first N images of the split")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="images captioned at once")] = 64,
+    num_workers: Annotated[int, typer.Option(min=0, help="loader processes")] = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file with metrics, settings and captions")] = None,
+    debug: Debug = False,
+) -> None:
+    """Caption a split, free-running, and score it. Also under `accelerate launch -m capdist.cli evaluate …`."""
+    from capdist.inference.evaluate_folder import evaluate_folder
+
+    evaluate_folder(
+        model,
+        source=source,
+        path=path,
+        split=split,
+        beam_size=beam_size,
+        limit=limit,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        output=output,
+    )
+
+
+@app.command()
+def caption(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="photos, or folders of photos")],
+    beam_size: BeamSize = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+    attention: Annotated[Path | None, typer.Option(metavar="FOLDER", help="save what each word looked at")] = None,
+    debug: Debug = False,
+) -> None:
+    """Caption photos."""
+    from capdist.data.images import open_photo
+    from capdist.inference.captioner import Captioner, find_photos
+    from capdist.inference.pictures import save_attention
+
+    photos = find_photos(images)
+    captions = Captioner.from_pretrained(model).caption(
+        photos, beam_size=beam_size, return_attention=attention is not None
+    )
+    if attention is not None:
+        attention.mkdir(parents=True, exist_ok=True)
+    for photo, result in zip(photos, captions, strict=True):
+        line = {"image": str(photo), "caption": result.text, "log_probability": result.log_probability}
+        typer.echo(json.dumps(line, ensure_ascii=False) if as_json else f"{photo}: {result.text}")
+        if attention is not None and result.attention is not None:
+            picture = open_photo({"path": str(photo), "bytes": None})
+            save_attention(picture, result.words, result.attention, attention / f"{photo.stem}.png")
+
+
+@app.command()
+def check(
+    config: Config,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value", help="recipe overrides")] = None,
+    debug: Debug = False,
+) -> None:
+    """Read every caption and every photo of a recipe once, and list what is wrong; exits with 3 if anything is."""
+    from capdist.config import load_recipe
+    from capdist.data.checks import check_recipe
+
+    check_recipe(load_recipe(config, overrides or ()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the program's code.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(run_program(lambda: _run(arguments), debug="--debug" in arguments))
+
+
+def _run(arguments: list[str]) -> None:
+    import click
+
+    try:
+        code: Any = app(arguments, standalone_mode=False, prog_name="capdist")
+    except click.UsageError as error:
+        raise UsageError(f"{error.format_message()} (see `capdist {_subcommand(arguments)}--help`)") from None
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    if isinstance(code, int) and code:
+        sys.stdout.flush()
+        os._exit(code) if code < 0 else sys.exit(code)
+
+
+def _subcommand(arguments: list[str]) -> str:
+    return f"{arguments[0]} " if arguments and not arguments[0].startswith("-") else ""
+
+
+if __name__ == "__main__":
+    main()

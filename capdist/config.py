@@ -1,0 +1,455 @@
+"""The recipe: typed, closed, checked at once.
+
+A recipe is a YAML file under `configs/`; `section.key=value` on the command line overrides it. A key that is not
+declared here is a mistake, and all mistakes of a recipe are reported together, each with its file, line and key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from capdist.errors import UsageError, nearest
+
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """One section of a recipe: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")] = "run"
+    """Name of the run; its folder is `<output_dir>/<name>/`."""
+    output_dir: Name = "runs"
+    """Folder that holds the runs."""
+    seed: NotNegative = 0
+    """Decides initial weights, order, augmentation and dropout."""
+    threads: Positive | None = None
+    """Processor threads of each process; null = share the machine's processors among its processes."""
+
+
+class DataSection(Section):
+    """Which photos and captions, and how they reach the model."""
+
+    source: Name = "scenes"
+    """`scenes`, `flickr8k`, `karpathy`, `hub` or `folder`."""
+    path: str | None = None
+    """Folder or file of the source, or a Hugging Face data set id; `scenes` needs none."""
+    image_size: Annotated[int, Field(ge=32, le=2048)] = 224
+    """Photos are squashed to this many pixels a side: nothing that a caption may mention is cut off."""
+    batch_size: Positive = 32
+    """Images in one micro-batch of one process."""
+    captions_per_image: Annotated[int, Field(ge=1, le=5)] = 5
+    """Captions that share one pass of an image. An epoch shows every caption once whatever this says."""
+    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Loader processes; 0 loads in the main process."""
+    limit: Positive | None = None
+    """Use only the first so many images of each split."""
+    random_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Smallest share of a photo's area that a random training crop keeps; 1 = no cropping."""
+    horizontal_flip: bool = False
+    """Mirror training photos at random. Off by default: captions say left and right."""
+    color_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Strength of random brightness, contrast and saturation in training; 0 = none."""
+    image_column: str | None = None
+    """`hub`: column of the image; null = found by itself."""
+    captions_column: str | None = None
+    """`hub`: column of captions: a list, one a row, or a pattern such as `caption_*`; null = found by itself."""
+    id_column: str | None = None
+    """`hub`: column that names the image; null = found by itself."""
+    split_column: str | None = None
+    """`hub`, `folder`: column that names the split; null = the source's own splits."""
+
+    @property
+    def augments(self) -> bool:
+        """Whether training photos differ from epoch to epoch."""
+        return self.random_crop < 1 or self.horizontal_flip or self.color_jitter > 0
+
+
+class TextSection(Section):
+    """Words."""
+
+    min_frequency: Positive = 2
+    """Words seen less often in the training captions become `<unk>`."""
+    max_length: Annotated[int, Field(ge=2, le=200)] = 20
+    """Most words in a caption, in training (longer ones are cut and counted) and in search."""
+
+
+class EncoderSection(Section):
+    """The network that turns a photo into a grid of features."""
+
+    name: Name = "resnet50"
+    """A torchvision ResNet (`resnet18` to `resnet152`, `resnext…`, `wide_resnet…`) or `timm/<name>`."""
+    weights: Name = "DEFAULT"
+    """`DEFAULT` or a torchvision weights name (downloaded), a local `.pth` or `.safetensors` file, or `none`."""
+    stage: Name | None = None
+    """Last block of the network that is used, such as `layer3`; null = all of them."""
+    grid: Annotated[int, Field(ge=1, le=64)] | None = None
+    """Average-pool the feature map to this many cells a side (14 as published); null = as it comes."""
+    projection: Positive | None = None
+    """Width of a learned 1x1 convolution over the features; null = none."""
+    trainable_from: str | None = None
+    """First block that trains, such as `layer3`, or `all`; null = the encoder stays frozen."""
+    batch_norm: Literal["frozen", "train"] = "frozen"
+    """Whether BatchNorm of blocks that train uses its stored statistics or those of the batch."""
+    cache: Literal["auto", "off"] = "auto"
+    """`auto`: encode each photo once if the encoder is frozen and nothing is augmented."""
+
+
+class DecoderSection(Section):
+    """The network that turns features into words."""
+
+    name: Literal["soft_attention"] = "soft_attention"
+    """`soft_attention`: the LSTM of Xu et al., Show, Attend and Tell (2015)."""
+    embed_size: Positive = 512
+    """Width of a word vector."""
+    hidden_size: Positive = 512
+    """Width of the LSTM state."""
+    attention_size: Positive = 512
+    """Width of the space in which query and keys meet."""
+    dropout: Fraction = 0.5
+    """Dropout on word vectors and on the state before the vocabulary head."""
+    gate: bool = True
+    """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1)."""
+    tie_weights: bool = False
+    """Use one matrix for word vectors and vocabulary head; needs embed_size = hidden_size."""
+
+
+class TrainingSection(Section):
+    """How the weights change."""
+
+    epochs: Positive = 10
+    """Passes over all training captions."""
+    max_steps: Positive | None = None
+    """Stop after so many optimizer steps even if epochs remain; null = no such limit."""
+    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    """Peak rate of an optimizer step, never multiplied by the number of processes."""
+    encoder_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    """Peak rate of the encoder's blocks that train; null = learning_rate."""
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    """`adam` (Kingma & Ba) or `adamw` (Loshchilov & Hutter)."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Decay of matrices under `adamw`; biases, norms and word vectors are exempt. `adam` takes none."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Rate after warm-up: as it is, or down to zero along half a cosine."""
+    warmup_steps: NotNegative = 0
+    """Steps over which the rate grows from zero."""
+    accumulation: Positive = 1
+    """Micro-batches of each process in one optimizer step."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 5.0
+    """Largest norm of all gradients together; null = no clipping."""
+    label_smoothing: Fraction = 0.1
+    """Share of probability spread over all words (Szegedy et al. 2016)."""
+    doubly_stochastic: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the penalty that every cell be looked at about once (Xu et al., equation 14)."""
+    mixed_precision: Literal["inherit", "no", "bf16", "fp16"] = "inherit"
+    """Precision of the arithmetic; `inherit` takes what `accelerate launch` was given."""
+    patience: Positive | None = None
+    """Stop after so many validations without a better score; null = never."""
+    log_every: Positive = 10
+    """Steps between two training lines of `log.jsonl`."""
+
+
+class EvaluationSection(Section):
+    """Free-running validation."""
+
+    every_epochs: Positive = 1
+    """Epochs between two validations; the last epoch always ends with one."""
+    beam_size: Annotated[int, Field(ge=1, le=100)] = 3
+    """Beams of the search; 1 = greedy."""
+    length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.0
+    """Exponent of the length by which a caption's log-probability is divided."""
+    no_repeat_ngram: NotNegative = 0
+    """No caption says the same n words twice; 0 = off."""
+    min_length: NotNegative = 0
+    """Fewest words in a caption."""
+    batch_size: Positive = 64
+    """Images captioned at once by one process."""
+    select_by: Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"] = "cider"
+    """Validation metric that decides which model is the best."""
+
+
+class CheckpointSection(Section):
+    """Saved states of a run."""
+
+    every_steps: Positive | None = None
+    """Optimizer steps between two checkpoints; null = at the end of each epoch."""
+    keep: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints to keep. At least two, so that one is whole at any moment."""
+
+
+class TrackingSection(Section):
+    """Who else hears of the run; `log.jsonl` is always written."""
+
+    with_: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(alias="with", strict=False)] = ("tensorboard",)
+    """Trackers: `tensorboard`, `wandb` or both."""
+    project: Name = "capdist"
+    """Project name for wandb."""
+
+
+class Recipe(Section):
+    """Everything that defines a run."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    text: TextSection = TextSection()
+    encoder: EncoderSection = EncoderSection()
+    decoder: DecoderSection = DecoderSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> Recipe:
+        mistakes = list(_cross_section_mistakes(self))
+        if mistakes:
+            raise UsageError(*mistakes)
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """Folder of the run, `<output_dir>/<name>`."""
+        return Path(self.run.output_dir, self.run.name)
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether each photo is encoded once for the whole run."""
+        return self.encoder.cache == "auto" and self.encoder.trainable_from is None and not self.data.augments
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Return plain JSON types by section and key, as a recipe file spells them."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def save(self, path: Path) -> None:
+        """Write the resolved recipe as YAML."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
+    decoder, encoder, data = recipe.decoder, recipe.encoder, recipe.data
+    if decoder.tie_weights and decoder.embed_size != decoder.hidden_size:
+        yield (
+            f"decoder.tie_weights: needs decoder.embed_size = decoder.hidden_size, "
+            f"found {decoder.embed_size} and {decoder.hidden_size}"
+        )
+    if recipe.evaluation.min_length > recipe.text.max_length:
+        yield (
+            f"evaluation.min_length: {recipe.evaluation.min_length} is more than "
+            f"text.max_length = {recipe.text.max_length}; no caption could be both"
+        )
+    if data.source != "scenes" and data.path is None:
+        yield f"data.path: missing; data.source={data.source} needs a folder (data.path=/where/it/is)"
+    if encoder.weights == "none" and encoder.trainable_from is None and encoder.name.startswith("timm/"):
+        yield "encoder.weights: none with a frozen encoder is noise; give weights, or encoder.trainable_from=all"
+    if encoder.trainable_from is None and recipe.training.encoder_learning_rate is not None:
+        yield "training.encoder_learning_rate: the encoder is frozen; set encoder.trainable_from, or drop this key"
+    steps = recipe.training.max_steps
+    if steps is not None and recipe.training.warmup_steps >= steps:
+        yield f"training.warmup_steps: {recipe.training.warmup_steps} must be fewer than training.max_steps = {steps}"
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML whose numbers are those of JSON: 3e-4 is a float, 010 is not octal, and only true/false are booleans."""
+
+
+_RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
+)
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf)|\.(nan|NaN))$"),
+    list("-+.0123456789"),
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply overrides, check everything.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value`, values written as in YAML.
+
+    Raises:
+        UsageError: with one line for each mistake in the file and the overrides.
+    """
+    mistakes: list[str] = []
+    values, places = _read_yaml(Path(path), mistakes)
+    for override in overrides:
+        _apply_override(values, places, override, mistakes)
+    return _validate(values, places, str(path), mistakes)
+
+
+def recipe_from_dict(values: Mapping[str, Any], origin: str) -> Recipe:
+    """Check values that are not from a recipe file, such as those of a checkpoint.
+
+    Args:
+        values: By section and key.
+        origin: Where they come from, for messages.
+
+    Raises:
+        UsageError: with one line for each mistake.
+    """
+    return _validate({name: dict(section) for name, section in values.items()}, {}, origin, [])
+
+
+Places = dict[tuple[str, ...], str]
+
+
+def _read_yaml(path: Path, mistakes: list[str]) -> tuple[dict[str, Any], Places]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such recipe file; the shipped ones are in configs/") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a folder; --config takes a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: byte {error.start} is not UTF-8; save the recipe as UTF-8") from None
+    try:
+        root = yaml.compose(text, Loader=_RecipeLoader)
+        if root is not None:
+            _refuse_anchors(root, path)
+        values = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a recipe is sections of keys, found {_show(values)}")
+    places: Places = {}
+    assert root is not None
+    _collect_places(root, (), path, places, mistakes)
+    return values, places
+
+
+def _refuse_anchors(root: yaml.Node, path: Path) -> None:
+    """Refuse a node that stands in two places: a recipe needs no aliases, and aliases of aliases are a bomb."""
+    seen: set[int] = set()
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            raise UsageError(f"{path}:{node.start_mark.line + 1}: recipes have no YAML aliases; write the value out")
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            stack.extend(child for pair in node.value for child in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            stack.extend(node.value)
+
+
+def _collect_places(node: yaml.Node, above: tuple[str, ...], path: Path, places: Places, mistakes: list[str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        key = (*above, str(key_node.value))
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        if key in places:
+            mistakes.append(f"{place}: {'.'.join(key)}: given twice, first at {places[key]}; keep one")
+        places[key] = place
+        _collect_places(value_node, key, path, places, mistakes)
+
+
+def _apply_override(values: dict[str, Any], places: Places, override: str, mistakes: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    parts = tuple(key.strip().split("."))
+    if not equals or len(parts) != 2 or not all(parts):
+        mistakes.append(f"command line: {override!r} is not an override; write section.key=value")
+        return
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError:
+        value = text
+    section = values.setdefault(parts[0], {})
+    if section is None:
+        section = values[parts[0]] = {}
+    if isinstance(section, dict):
+        section[parts[1]] = value
+        places[parts] = "command line"
+
+
+def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: list[str]) -> Recipe:
+    # A section header with nothing below it is an empty section, not a null.
+    values = {key: {} if value is None and key in Recipe.model_fields else value for key, value in values.items()}
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        mistakes += [_explain(details, places, origin) for details in error.errors(include_url=False)]
+    except UsageError as error:
+        mistakes += [_with_place(mistake, places, origin) for mistake in error.mistakes]
+    if mistakes:
+        raise UsageError(*mistakes)
+    assert recipe is not None
+    return recipe
+
+
+def _with_place(mistake: str, places: Places, origin: str) -> str:
+    key = tuple(mistake.partition(":")[0].split("."))
+    return f"{places.get(key, origin)}: {mistake}"
+
+
+def _explain(details: ErrorDetails, places: Places, origin: str) -> str:
+    location = tuple(str(part) for part in details["loc"])
+    key = location[:2]
+    place = places.get(key) or places.get(key[:1]) or origin
+    name = ".".join(key)
+    if details["type"] == "extra_forbidden":
+        return f"{place}: {name}: unknown key{_suggest(key)}"
+    if details["type"] == "model_type":
+        return f"{place}: {name}: expected a section of keys, found {_show(details['input'])}"
+    return f"{place}: {name}: {_reason(details)}, found {_show(details['input'])}"
+
+
+def _suggest(key: tuple[str, ...]) -> str:
+    if len(key) == 1:
+        return nearest(key[0], Recipe.model_fields)
+    names = {f"{section}.{name}" for section, name in recipe_keys()}
+    own = [name.partition(".")[2] for name in names if name.startswith(f"{key[0]}.")]
+    suggestion = nearest(key[1], own)
+    if "did you mean" in suggestion:
+        return suggestion.replace("did you mean '", f"did you mean '{key[0]}.")
+    elsewhere = sorted(name for name in names if name.endswith(f".{key[1]}"))
+    return f"; did you mean '{elsewhere[0]}'?" if elsewhere else suggestion
+
+
+def recipe_keys() -> Iterable[tuple[str, str]]:
+    """Yield every (section, key) that a recipe may hold."""
+    for section, field in Recipe.model_fields.items():
+        assert isinstance(field.annotation, type)
+        assert issubclass(field.annotation, Section)
+        for name, inner in field.annotation.model_fields.items():
+            yield section, inner.alias or name
+
+
+def _reason(details: ErrorDetails) -> str:
+    message = details["msg"]
+    message = message.removeprefix("Input should be ").removeprefix("a valid ")
+    message = re.sub(r"^String should match pattern .*", "letters, digits, '.', '-' and '_' only", message)
+    message = re.sub(r"^String should have at least 1 character$", "some text", message)
+    return f"must be {message}"
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

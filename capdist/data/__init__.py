@@ -1,0 +1,1 @@
+"""From captions and photos on a disk to batches of tensors."""

@@ -1,0 +1,209 @@
+"""Samples and image-major batches.
+
+Shapes: B images, R captions an image, T words; captions are B·R rows, those of an image side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from capdist.data.captions import CaptionTable, seed_of
+from capdist.data.images import Augmentation, Preprocessing, open_photo, to_tensor
+from capdist.errors import DataError
+from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
+
+
+class SampleKey(NamedTuple):
+    """Names a sample; everything random about it is a function of this and the seed.
+
+    Attributes:
+        epoch: Counted from 0.
+        image: Row of the split.
+        part: Which chunk of the image's captions.
+        is_filler: Whether it only keeps a process in step with the others and has no weight.
+    """
+
+    epoch: int
+    image: int
+    part: int
+    is_filler: bool = False
+
+
+class Sample(NamedTuple):
+    """One image and some of its captions.
+
+    Attributes:
+        image: Row of the split.
+        pixels: uint8 (3, S, S), or None when features are cached.
+        captions: Ids, without `<bos>`; none for a filler.
+    """
+
+    image: int
+    pixels: Tensor | None
+    captions: list[Tensor]
+
+
+@dataclass(frozen=True)
+class CaptionBatch:
+    """An image-major batch.
+
+    Attributes:
+        image_rows: (B,) rows of the split.
+        images: uint8 (B, 3, S, S), or None when features are cached.
+        input_ids: (B·R, T), `<bos> a dog`, padded.
+        labels: (B·R, T), `a dog <eos>`, `IGNORED_LABEL` where there is no word.
+        attention_mask: (B·R, T), 1 where a token is real.
+        num_tokens: Labels that count.
+        num_captions: Captions that count.
+    """
+
+    image_rows: Tensor
+    images: Tensor | None
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    num_tokens: int
+    num_captions: int
+
+    def to(self, device: torch.device) -> CaptionBatch:
+        """Copy the tensors to a device."""
+        moved: dict[str, Any] = {n: v.to(device, non_blocking=True) for n, v in self._tensors()}
+        return replace(self, **moved)
+
+    def pin_memory(self) -> CaptionBatch:
+        """Pin the tensors; torch's loader asks for it."""
+        pinned: dict[str, Any] = {n: v.pin_memory() for n, v in self._tensors()}
+        return replace(self, **pinned)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, value) for name, value in vars(self).items() if isinstance(value, Tensor))
+
+
+class CaptionDataset(Dataset[Sample | DataError]):
+    """Training samples by `SampleKey`. Stateless, so that any worker of any run makes the same sample of a key.
+
+    Args:
+        photos: The split's `image` column with `decode=False`, or None when features are cached.
+        captions: The split's captions.
+        preprocessing: Of photos.
+        augmentation: Of photos, or None.
+        captions_per_image: R.
+        seed: Of the run.
+    """
+
+    def __init__(
+        self,
+        photos: Sequence[Any] | None,
+        captions: CaptionTable,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation | None,
+        captions_per_image: int,
+        seed: int,
+    ) -> None:
+        self.photos = photos
+        self.captions = captions
+        self.preprocessing = preprocessing
+        self.augmentation = augmentation
+        self.captions_per_image = captions_per_image
+        self.seed = seed
+
+    def __getitem__(self, key: SampleKey) -> Sample | DataError:
+        """Make a sample; a broken photo is handed back as its error: raised in a worker it would lose its class."""
+        try:
+            pixels = self._pixels(key) if self.photos is not None else None
+        except DataError as error:
+            return error
+        return Sample(key.image, pixels, [] if key.is_filler else self._captions(key))
+
+    def _captions(self, key: SampleKey) -> list[Tensor]:
+        captions = self.captions.captions(key.image)
+        # One order of the captions an epoch, cut into parts: every caption is seen once.
+        generator = torch.Generator().manual_seed(seed_of(self.seed, "captions", key.epoch, key.image))
+        order = torch.randperm(len(captions), generator=generator).tolist()
+        chosen = order[key.part * self.captions_per_image :][: self.captions_per_image]
+        return [torch.from_numpy(captions[i]).long() for i in chosen]
+
+    def _pixels(self, key: SampleKey) -> Tensor:
+        assert self.photos is not None
+        photo = self.photos[key.image]
+        if self.augmentation is None:
+            return self.preprocessing.load(photo)
+        image = to_tensor(open_photo(photo, self.preprocessing.image_size))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(self.seed, "augmentation", key.epoch, key.image, key.part))
+            return self.augmentation(image)
+
+
+class Collator:
+    """Samples to an image-major batch, padded to the longest caption.
+
+    Args:
+        captions_per_image: R; an image with fewer captions gets rows without labels.
+    """
+
+    def __init__(self, captions_per_image: int) -> None:
+        self.captions_per_image = captions_per_image
+
+    def __call__(self, samples: Sequence[Sample | DataError]) -> CaptionBatch | DataError:
+        """Make a batch, or hand on the first error."""
+        good = [sample for sample in samples if isinstance(sample, Sample)]
+        for sample in samples:
+            if isinstance(sample, DataError):
+                return sample
+        rows = [c for s in good for c in (*s.captions, *[None] * (self.captions_per_image - len(s.captions)))]
+        length = max((len(row) for row in rows if row is not None), default=1)
+        input_ids = torch.full((len(rows), length), Vocabulary.pad_id)
+        labels = torch.full((len(rows), length), IGNORED_LABEL)
+        for index, row in enumerate(rows):
+            if row is not None:
+                labels[index, : len(row)] = row
+                input_ids[index, 0] = Vocabulary.bos_id
+                input_ids[index, 1 : len(row)] = row[:-1]
+        pixels = [s.pixels for s in good if s.pixels is not None]
+        return CaptionBatch(
+            image_rows=torch.tensor([s.image for s in good]),
+            images=torch.stack(pixels) if pixels else None,
+            input_ids=input_ids,
+            labels=labels,
+            attention_mask=(labels != IGNORED_LABEL).long(),
+            num_tokens=int((labels != IGNORED_LABEL).sum()),
+            num_captions=sum(row is not None for row in rows),
+        )
+
+
+class PhotoDataset(Dataset[tuple[int, Tensor] | DataError]):
+    """Photos of a split by row, not augmented.
+
+    Args:
+        photos: The split's `image` column with `decode=False`.
+        preprocessing: Of photos.
+    """
+
+    def __init__(self, photos: Sequence[Any], preprocessing: Preprocessing) -> None:
+        self.photos = photos
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, row: int) -> tuple[int, Tensor] | DataError:
+        """Return the row and its photo, uint8 (3, S, S), or the error of a broken photo."""
+        try:
+            return row, self.preprocessing.load(self.photos[row])
+        except DataError as error:
+            return error
+
+
+def collate_photos(items: Sequence[tuple[int, Tensor] | DataError]) -> tuple[Tensor, Tensor] | DataError:
+    """Return rows (B,) and photos uint8 (B, 3, S, S), or the first error."""
+    for item in items:
+        if isinstance(item, DataError):
+            return item
+    rows, photos = zip(*(item for item in items if not isinstance(item, DataError)), strict=True)
+    return torch.tensor(rows), torch.stack(photos)

@@ -1,0 +1,143 @@
+"""Photos: decode, resize, augment, normalise. One code for training, evaluation and captioning.
+
+Shapes: S pixels a side. Photos stay uint8 until they are on the device.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import v2
+
+from capdist.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""Formats that are opened, whatever a file is called: a short list leaves the decoders that nobody needs unreached."""
+
+MAX_PIXELS = 100_000_000
+"""Photos of more pixels are refused from their header, before memory is spent on them."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to a photo before the encoder; it travels in the model folder.
+
+    Attributes:
+        image_size: S; the whole photo is squashed to S x S.
+        mean: Of each colour in 0…1.
+        std: Of each colour in 0…1.
+    """
+
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def load(self, image: Mapping[str, Any]) -> Tensor:
+        """Decode and resize.
+
+        Args:
+            image: A row of a `datasets.Image(decode=False)` column: `path` and/or `bytes`.
+
+        Returns:
+            uint8 (3, S, S).
+
+        Raises:
+            DataError: naming the photo that cannot be decoded.
+        """
+        return self.resize(open_photo(image, self.image_size))
+
+    def resize(self, photo: Image.Image) -> Tensor:
+        """Squash an RGB photo to uint8 (3, S, S)."""
+        size = (self.image_size, self.image_size)
+        return to_tensor(photo if photo.size == size else photo.resize(size, Image.Resampling.BILINEAR))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return `pixel_values`: float, normalised, for uint8 images (…, 3, S, S), on their device."""
+        shape = (3, 1, 1)
+        mean = torch.tensor(self.mean, device=images.device).view(shape)
+        std = torch.tensor(self.std, device=images.device).view(shape)
+        return (images.float() / 255 - mean) / std
+
+
+class Augmentation:
+    """Random changes of a training photo, drawn from torch's global generator, which the caller seeds for each sample.
+
+    Args:
+        image_size: S.
+        random_crop: Smallest share of the area that is kept; 1 = squash the whole photo.
+        horizontal_flip: Mirror every second photo.
+        color_jitter: Strength of brightness, contrast and saturation.
+    """
+
+    def __init__(self, image_size: int, *, random_crop: float, horizontal_flip: bool, color_jitter: float) -> None:
+        size = (image_size, image_size)
+        steps: list[Any] = []
+        if random_crop < 1:
+            steps.append(v2.RandomResizedCrop(size, scale=(random_crop, 1.0), antialias=True))
+        else:
+            steps.append(v2.Resize(size, antialias=True))
+        if horizontal_flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if color_jitter:
+            steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+        self._transform = v2.Compose(steps)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Change a photo, uint8 (3, height, width) to uint8 (3, S, S)."""
+        changed: Tensor = self._transform(image)
+        return changed
+
+
+def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Image.Image:
+    """Decode a photo, upright and RGB.
+
+    Args:
+        image: `path` and/or `bytes`.
+        smallest_side: A JPEG may be decoded at an eighth, a quarter or half of its size as long as both sides stay
+            at least twice this long; None = full size.
+
+    Raises:
+        DataError: naming the photo and what is wrong with it.
+    """
+    name = image.get("path") or "image"
+    data = image.get("bytes")
+    try:
+        with Image.open(io.BytesIO(data) if data is not None else name, formats=FORMATS) as photo:
+            if photo.width * photo.height > MAX_PIXELS:
+                raise DataError(f"{name}: {photo.width}x{photo.height} pixels; photos of up to {MAX_PIXELS:,} are read")
+            if smallest_side is not None:
+                photo.draft("RGB", (2 * smallest_side, 2 * smallest_side))
+            return _to_rgb(ImageOps.exif_transpose(photo))
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such photo") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: {error}") from None
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged files
+        reason = "not a photo" if "cannot identify" in str(error) else str(error)
+        raise DataError(
+            f"{name}: {reason}; readable are {', '.join(FORMATS)}; `capdist check` lists all such photos"
+        ) from None
+
+
+def _to_rgb(photo: Image.Image) -> Image.Image:
+    if photo.mode in ("RGBA", "LA", "PA") or "transparency" in photo.info:
+        # Product photos are often cut out: what shows through is white, not the black that a plain conversion gives.
+        photo = photo.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
+    if photo.mode.startswith("I;16") or photo.mode == "I":
+        return Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return photo.convert("RGB")
+
+
+def to_tensor(photo: Image.Image) -> Tensor:
+    """Return an RGB photo as uint8 (3, height, width)."""
+    return torch.from_numpy(np.array(photo)).permute(2, 0, 1).contiguous()

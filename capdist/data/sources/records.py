@@ -1,0 +1,111 @@
+"""The one schema: what a source is asked for, what it yields, and how that becomes a `datasets.DatasetDict`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict, Features
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training", "restval"), "train"),
+    **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """Captioned photos as read from a source.
+
+    Attributes:
+        splits: A `datasets.DatasetDict` with columns `image_id`, `image` (`{"path", "bytes"}`) and `captions`.
+        notes: What was odd about the data, counted, in plain words.
+    """
+
+    splits: DatasetDict
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `load_source` but for the source's name."""
+
+    path: str
+    image_column: str | None = None
+    captions_column: str | None = None
+    id_column: str | None = None
+    split_column: str | None = None
+    limit: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image: the path of its file or the bytes of one, and at least one caption."""
+
+    image_id: str
+    captions: Sequence[str]
+    path: str | None = None
+    content: bytes | None = None
+
+
+def features() -> Features:
+    """Return the columns that every source gives; images are not decoded, so that workers do it themselves."""
+    from datasets import Features, Image, List, Value
+
+    return Features({"image_id": Value("string"), "image": Image(decode=False), "captions": List(Value("string"))})
+
+
+def to_splits(records: Mapping[str, Sequence[Record]], limit: int | None) -> DatasetDict:
+    """Put records into in-memory tables.
+
+    Args:
+        records: The records of each split; a split without records is left out.
+        limit: Only the first so many of each split.
+    """
+    from datasets import Dataset, DatasetDict
+
+    columns = features()
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(_columns(records[split][:limit]), features=columns)
+            for split in SPLITS
+            if records.get(split)
+        }
+    )
+
+
+def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
+    return {
+        "image_id": [record.image_id for record in records],
+        "image": [{"path": record.path, "bytes": record.content} for record in records],
+        "captions": [list(record.captions) for record in records],
+    }
+
+
+def split_named(word: str) -> str | None:
+    """Return the split that a word such as `dev` or `Valid` means, None for one we do not know."""
+    return _SPLIT_WORDS.get(word.strip().lower())
+
+
+def split_by_hash(image_ids: Iterable[str], held_out: float, seed: int) -> dict[str, list[str]]:
+    """Divide images by the SHA-256 of their names, the same on every machine and for every order of the files.
+
+    Args:
+        image_ids: The names; at least three, or all go to `train`.
+        held_out: The share of each of `validation` and `test`, at least one image.
+        seed: Salt of the hash.
+
+    Returns:
+        The names of each split, in the order of their hashes.
+    """
+    ordered = sorted(image_ids, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+    if len(ordered) < 3:
+        return {"train": ordered}
+    size = max(1, round(len(ordered) * held_out))
+    return {"validation": ordered[:size], "test": ordered[size : 2 * size], "train": ordered[2 * size :]}

@@ -1,0 +1,36 @@
+"""Caption search: pure functions over a small protocol (`init_state`, `step`, `reorder`)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from capdist.decoding.beam import beam_search
+from capdist.decoding.greedy import greedy_search
+from capdist.decoding.hypotheses import SearchResult
+from capdist.decoding.options import SearchOptions
+from capdist.decoding.protocol import Decoder, State
+from capdist.decoding.sampling import sample
+
+__all__ = ["Decoder", "SearchOptions", "SearchResult", "beam_search", "greedy_search", "sample", "search"]
+
+
+def search(
+    decoder: Decoder[State], features: Tensor, options: SearchOptions, return_attention: bool = False
+) -> SearchResult:
+    """Find the best captions: greedy search for a beam of one, beam search for a wider one.
+
+    Args:
+        decoder: The captioner.
+        features: Encoder grid, (images, cells, channels).
+        options: What may be written and how it is scored.
+        return_attention: Also return the attention of every word.
+
+    Returns:
+        `options.beam_size` candidates an image, best first.
+
+    Raises:
+        UsageError: A token id of the options lies outside the vocabulary.
+        NumericsError: A logit was NaN or plus infinity.
+    """
+    find = greedy_search if options.beam_size == 1 else beam_search
+    return find(decoder, features, options, return_attention)

@@ -1,0 +1,145 @@
+"""Captions under way and captions found: one tensor a field, a row a caption.
+
+Shapes: B images, R rows of an image, T positions (`max_length`), N cells of the encoder grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capdist.decoding.constraints import IMPOSSIBLE
+from capdist.decoding.options import SearchOptions
+from capdist.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """Candidates of each image, best first: those that ended by score, then those cut off by score.
+
+    Where an image has fewer candidates than asked for (there are no more captions), the last ones are empty:
+    no words, not ended, log-probability and score minus infinity.
+    """
+
+    tokens: Tensor
+    """Words without `<bos>` and `<eos>`, (B, R, T) long, `pad_id` behind the end."""
+    lengths: Tensor
+    """Number of words, (B, R) long."""
+    log_probabilities: Tensor
+    """Sum of ln p under the model over the words, and `<eos>` if the caption ended, (B, R) float32."""
+    scores: Tensor
+    """Log-probabilities divided by (words + `<eos>` if it ended) ** length_penalty, (B, R) float32."""
+    ended: Tensor
+    """Whether the caption ended with `<eos>`, (B, R) bool; false for one cut off at `max_length`."""
+    attention: Tensor | None
+    """Attention that each word was written with, (B, R, T, N) float32, 0 behind the end, or None."""
+
+
+@dataclass
+class Hypotheses:
+    """Rows of captions; a row whose total is minus infinity holds nothing."""
+
+    words: Tensor  # (B, R, T) long
+    lengths: Tensor  # (B, R) long
+    totals: Tensor  # (B, R) float32
+    ended: Tensor  # (B, R) bool
+    attention: Tensor | None  # (B, R, T, N) float32
+
+    @classmethod
+    def start(cls, features: Tensor, rows: int, options: SearchOptions, with_attention: bool) -> Hypotheses:
+        """Return `rows` captions without words for each image of `features` (B, N, channels)."""
+        images, cells, _ = features.shape
+        device, positions = features.device, options.max_length
+        return cls(
+            words=torch.full((images, rows, positions), options.pad_id, dtype=torch.long, device=device),
+            lengths=torch.zeros(images, rows, dtype=torch.long, device=device),
+            totals=torch.zeros(images, rows, device=device),
+            ended=torch.zeros(images, rows, dtype=torch.bool, device=device),
+            attention=torch.zeros(images, rows, positions, cells, device=device) if with_attention else None,
+        )
+
+    def append(self, rows: Tensor, tokens: Tensor, attention: Tensor, position: int) -> None:
+        """Write one more word into some rows, in place.
+
+        Args:
+            rows: Which rows grow, (B, R) bool.
+            tokens: Their next word, (B, R).
+            attention: The attention that it was written with, (B, R, N).
+            position: Number of words that growing rows have so far.
+        """
+        self.words[:, :, position] = tokens.where(rows, self.words[:, :, position])
+        self.lengths += rows
+        if self.attention is not None:
+            self.attention[:, :, position] = attention.where(rows.unsqueeze(-1), 0)
+
+    def take(self, rows: Tensor) -> Hypotheses:
+        """Return a copy that has, as row `r` of image `b`, row `rows[b, r]`; (B, new rows) long."""
+        return Hypotheses(
+            words=gather_rows(self.words, rows),
+            lengths=gather_rows(self.lengths, rows),
+            totals=gather_rows(self.totals, rows),
+            ended=gather_rows(self.ended, rows),
+            attention=None if self.attention is None else gather_rows(self.attention, rows),
+        )
+
+    def join(self, other: Hypotheses) -> Hypotheses:
+        """Return the rows of both, the other's behind these."""
+        attention = None
+        if self.attention is not None and other.attention is not None:
+            attention = torch.cat([self.attention, other.attention], dim=1)
+        return Hypotheses(
+            words=torch.cat([self.words, other.words], dim=1),
+            lengths=torch.cat([self.lengths, other.lengths], dim=1),
+            totals=torch.cat([self.totals, other.totals], dim=1),
+            ended=torch.cat([self.ended, other.ended], dim=1),
+            attention=attention,
+        )
+
+    def scores(self, length_penalty: float) -> Tensor:
+        """Return totals divided by length ** `length_penalty`, (B, R); `<eos>` counts where a row has it."""
+        lengths = (self.lengths + self.ended).clamp(min=1)  # a row that could not even start: 0 / 0
+        return self.totals / lengths.to(self.totals.dtype).pow(length_penalty)
+
+    def result(self, count: int, options: SearchOptions) -> SearchResult:
+        """Return the `count` best rows of each image, sorted.
+
+        Rows that hold nothing may have words from before they became impossible. The first `count` rows must be
+        captions or blank from the start, so that a blank row, found first among equals, fills an empty place.
+
+        Raises:
+            NumericsError: A total is NaN.
+        """
+        if self.totals.isnan().any():
+            raise NumericsError("decoder: its logits must be finite or minus infinity, found NaN or plus infinity")
+        ranked = self.take(best_first(self.scores(options.length_penalty)))
+        kind = ranked.ended.long() + (ranked.totals != IMPOSSIBLE)  # 2 ended, 1 cut off, 0 nothing
+        best = ranked.take(best_first(kind)[:, :count])
+        return SearchResult(
+            tokens=best.words,
+            lengths=best.lengths,
+            log_probabilities=best.totals,
+            scores=best.scores(options.length_penalty),
+            ended=best.ended,
+            attention=best.attention,
+        )
+
+
+def gather_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Return, as row `r` of image `b`, row `rows[b, r]` of `values`.
+
+    Args:
+        values: (B, R, ...).
+        rows: (B, new rows) long.
+
+    Returns:
+        (B, new rows, ...), a copy.
+    """
+    index = rows.reshape(*rows.shape, *[1] * (values.ndim - 2)).expand(*rows.shape, *values.shape[2:])
+    return values.gather(1, index)
+
+
+def best_first(values: Tensor) -> Tensor:
+    """Return the rows of each image from the highest value to the lowest, (B, R); ties keep their order."""
+    return values.argsort(dim=1, descending=True, stable=True)

@@ -1,0 +1,142 @@
+"""One exception class for each way a run can end that is not our bug, and the exit code of each.
+
+Every message is one line that says what was found, where (file, line, key), and what would be right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+EXIT_CODE_FILE_VARIABLE = "CAPDIST_EXIT_CODE_FILE"
+"""Where a process leaves its exit code for the parent that `capdist train` is; launchers flatten codes to 1."""
+
+
+class CapdistError(Exception):
+    """Root of the errors that a user can cause and mend.
+
+    Args:
+        mistakes: One line for each thing that is wrong; all of them are printed.
+    """
+
+    exit_code = 1
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+class UsageError(CapdistError):
+    """A command line, recipe or launch that asks for something impossible."""
+
+    exit_code = 2
+
+
+class DataError(CapdistError):
+    """Captions, photos or splits that cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(CapdistError):
+    """A checkpoint or model folder that is damaged, foreign or does not fit."""
+
+    exit_code = 4
+
+
+class StorageError(CapdistError):
+    """Input or output failed: disk full, permission, a download without a network."""
+
+    exit_code = 5
+
+
+class NumericsError(CapdistError):
+    """A loss or gradient that is not a finite number."""
+
+    exit_code = 6
+
+
+class ProcessError(CapdistError):
+    """A process of the run died or hung."""
+
+    exit_code = 7
+
+
+class Stopped(CapdistError):
+    """A signal ended the run after a checkpoint was saved.
+
+    Args:
+        signal_number: The signal; the exit code is 128 plus it, as shells have it.
+        mistake: The line to print.
+    """
+
+    def __init__(self, signal_number: int, mistake: str) -> None:
+        super().__init__(mistake)
+        self.exit_code = 128 + signal_number
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the known name most like `name`, else the list of all known names."""
+    import difflib
+
+    known = sorted(known)
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(known)}"
+
+
+def run_program(program: Callable[[], object], *, debug: bool = False) -> int:
+    """Run `program` and turn how it ends into an exit code, printing one line a mistake on standard error.
+
+    Args:
+        program: Called without arguments; its result is dropped.
+        debug: Also print the traceback of an expected error.
+
+    Returns:
+        0 when it returned, the class's code for a `CapdistError`, 5 for a full disk or a missing permission,
+        130 for Ctrl-C, 1 (with a traceback) for everything else, which is a bug of ours.
+    """
+    code = 0
+    try:
+        program()
+    except CapdistError as error:
+        if debug:
+            traceback.print_exc()
+        code = error.exit_code
+        _complain(*error.mistakes)
+    except KeyboardInterrupt:
+        code = 130
+        _complain("interrupted before anything could be saved")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            traceback.print_exc()
+            code = 1
+        else:
+            if debug:
+                traceback.print_exc()
+            code = StorageError.exit_code
+            _complain(
+                f"{error.filename or 'input/output'}: {error.strerror}; free space or fix the permission, then repeat"
+            )
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _leave_exit_code(code)
+    return code
+
+
+def _complain(*mistakes: str) -> None:
+    sys.stdout.flush()
+    for mistake in mistakes:
+        print(f"capdist: error: {mistake}", file=sys.stderr)  # noqa: T201
+
+
+def _leave_exit_code(code: int) -> None:
+    folder = os.environ.get(EXIT_CODE_FILE_VARIABLE)
+    if folder and code:
+        with contextlib.suppress(OSError):
+            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(str(code))

@@ -1,0 +1,160 @@
+"""A model folder, its preprocessing and a search: photos in, captions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from capdist.data.images import open_photo
+from capdist.decoding import SearchOptions, search
+from capdist.errors import DataError, UsageError
+from capdist.model_folder import TrainedModel, load_pretrained
+from capdist.text.tokenizer import detokenize
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption of a photo.
+
+    Attributes:
+        text: As a person would write it.
+        log_probability: Sum over its words and `<eos>`, natural logarithm.
+        words: The tokens that were said.
+        attention: (words, cells) what each word looked at, row by row of the grid; None unless asked for.
+    """
+
+    text: str
+    log_probability: float
+    words: tuple[str, ...]
+    attention: Tensor | None = None
+
+
+class Captioner:
+    """Captions photos with a trained model.
+
+    Args:
+        trained: The model and what it needs.
+        device: Where it runs; None = a GPU if there is one.
+
+    Example:
+        >>> Captioner.from_pretrained("runs/scenes/model").caption("photo.jpg")  # doctest: +SKIP
+        [Caption(text='a red ball left of a blue box', ...)]
+    """
+
+    def __init__(self, trained: TrainedModel, device: str | torch.device | None = None) -> None:
+        self.trained = trained
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = trained.model.to(self.device).eval()
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path, device: str | torch.device | None = None) -> Captioner:
+        """Load a model folder, or a model of the Hugging Face Hub.
+
+        Raises:
+            CheckpointError, StorageError: as `load_pretrained`.
+        """
+        return cls(load_pretrained(folder_or_hub_id), device)
+
+    def options(self, beam_size: int | None = None, max_length: int | None = None) -> SearchOptions:
+        """Return the model's own search settings, with some replaced."""
+        vocabulary, defaults = self.trained.vocabulary, self.trained.search
+        return SearchOptions(
+            beam_size=beam_size if beam_size is not None else defaults["beam_size"],
+            max_length=max_length if max_length is not None else self.trained.max_length,
+            min_length=defaults["min_length"],
+            length_penalty=defaults["length_penalty"],
+            no_repeat_ngram=defaults["no_repeat_ngram"],
+            pad_id=vocabulary.pad_id,
+            bos_id=vocabulary.bos_id,
+            eos_id=vocabulary.eos_id,
+            suppressed_ids=vocabulary.suppressed_ids,
+        )
+
+    def caption(
+        self,
+        images: Any,
+        *,
+        beam_size: int | None = None,
+        batch_size: int = 32,
+        return_attention: bool = False,
+    ) -> list[Caption]:
+        """Caption photos.
+
+        Args:
+            images: One photo or a sequence: paths, PIL images, or arrays or tensors, uint8, (height, width, 3).
+            beam_size: Beams; None = as the model was validated.
+            batch_size: Photos at once.
+            return_attention: Also return what each word looked at.
+
+        Returns:
+            One caption a photo, in their order.
+
+        Raises:
+            DataError: naming a photo that cannot be read.
+            UsageError: if an image is of none of these types, or the beam size makes no sense.
+        """
+        single = isinstance(images, str | Path | Image.Image | Tensor) or hasattr(images, "__array_interface__")
+        photos = [images] if single else list(images)
+        options = self.options(beam_size)
+        captions: list[Caption] = []
+        for start in range(0, len(photos), batch_size):
+            captions += self._caption_batch(photos[start : start + batch_size], options, return_attention)
+        return captions
+
+    @torch.inference_mode()
+    def _caption_batch(self, photos: Sequence[Any], options: SearchOptions, attention: bool) -> Iterator[Caption]:
+        preprocessing = self.trained.preprocessing
+        pixels = torch.stack([preprocessing.resize(_open(photo, preprocessing.image_size)) for photo in photos])
+        features = self.model.encode(preprocessing.normalize(pixels.to(self.device)))
+        result = search(self.model, features, options, return_attention=attention)
+        captions = []
+        for row in range(len(photos)):
+            words = tuple(self.trained.vocabulary.decode(result.tokens[row, 0].tolist()))
+            looked = None if result.attention is None else result.attention[row, 0, : len(words)].float().cpu()
+            captions.append(Caption(detokenize(words), float(result.log_probabilities[row, 0]), words, looked))
+        return iter(captions)
+
+
+def _open(photo: Any, smallest_side: int) -> Image.Image:
+    if isinstance(photo, str | Path):
+        return open_photo({"path": str(photo), "bytes": None}, smallest_side)
+    if isinstance(photo, Tensor):
+        photo = photo.cpu().numpy()
+    if isinstance(photo, Image.Image):
+        return photo.convert("RGB")
+    try:
+        return Image.fromarray(photo).convert("RGB")
+    except (TypeError, AttributeError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"image: {type(photo).__name__} is no photo ({error}); give a path, a PIL image or uint8 (height, width, 3)"
+        ) from None
+
+
+def find_photos(paths: Sequence[Path]) -> list[Path]:
+    """Replace folders by the photos in them, sorted by name.
+
+    Raises:
+        DataError: for a path that does not exist or a folder without photos.
+    """
+    suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+    photos: list[Path] = []
+    mistakes = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+            photos += found
+            if not found:
+                mistakes.append(f"{path}: no photos in this folder ({', '.join(sorted(suffixes))})")
+        elif path.exists():
+            photos.append(path)
+        else:
+            mistakes.append(f"{path}: no such photo")
+    if mistakes:
+        raise DataError(*mistakes)
+    return photos

@@ -1,0 +1,106 @@
+"""Score a model folder on a split of any source: what `capdist evaluate` does."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from capdist import __version__
+from capdist.config import DataSection, recipe_from_dict
+from capdist.data.prepared import Split, get_split, read_source
+from capdist.decoding import SearchOptions
+from capdist.errors import DataError
+from capdist.inference.captioner import Captioner
+from capdist.inference.report import print_scores
+from capdist.metrics import TOKENISER
+from capdist.model_folder import TrainedModel
+from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
+from capdist.training.launch import build_accelerator
+
+
+def evaluate_folder(
+    model: str,
+    *,
+    source: str,
+    path: str | None,
+    split: str,
+    beam_size: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Caption and score a split; the main process prints the table and writes `output`.
+
+    Args:
+        model: Model folder or hub id.
+        source: As `data.source` of a recipe.
+        path: As `data.path`.
+        split: `train`, `validation` (or `dev`) or `test`.
+        beam_size: Beams; None = as the model was validated.
+        limit: First so many images.
+        batch_size: Images captioned at once by one process.
+        num_workers: Loader processes.
+        output: JSON file.
+
+    Returns:
+        `metrics`, `settings` and `captions`.
+
+    Raises:
+        UsageError, DataError, CheckpointError: as their causes.
+    """
+    section = {"source": source, "path": path, "limit": limit, "num_workers": num_workers}
+    data = recipe_from_dict({"data": section}, "command line").data
+    if output is not None and not output.absolute().parent.is_dir():
+        raise DataError(f"--output: {output.absolute().parent}: no such folder")
+    accelerator = build_accelerator()
+    captioner = Captioner.from_pretrained(model, accelerator.device)
+    rows = _read_split(data, split)
+    trained, options = captioner.trained, captioner.options(beam_size)
+    evaluator = Evaluator(accelerator, trained.vocabulary, trained.preprocessing, options, batch_size, num_workers)
+    evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
+    result = _result(trained, data, rows, options, evaluation)
+    if accelerator.is_main_process:
+        print_scores(f"{model}: {rows.name} split, beam {options.beam_size}", evaluation.metrics)
+        if output is not None:
+            _write(output, result)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def _read_split(data: DataSection, name: str) -> Split:
+    split = get_split(read_source(data), name)
+    if not split.scored_rows:
+        raise DataError(f"data: no image of the {split.name} split has a caption to compare with")
+    return split
+
+
+def _result(
+    trained: TrainedModel, data: DataSection, split: Split, options: SearchOptions, evaluation: Evaluation
+) -> dict[str, Any]:
+    references = {split.image_ids[row]: list(split.references[row]) for row in split.scored_rows}
+    settings = {
+        "split": split.name,
+        "source": data.source,
+        "beam_size": options.beam_size,
+        "search": {k: v for k, v in asdict(options).items() if not k.endswith(("_id", "_ids"))},
+        "tokeniser": TOKENISER,
+        "num_images": len(references),
+        "num_references": sum(map(len, references.values())),
+        "model_sha256": trained.digest,
+        "capdist_version": __version__,
+    }
+    captions = [
+        {"image_id": image_id, "caption": caption, "references": references[image_id]}
+        for image_id, caption in evaluation.captions.items()
+    ]
+    return {"metrics": evaluation.metrics, "settings": settings, "captions": captions}
+
+
+def _write(output: Path, result: dict[str, Any]) -> None:
+    staging = output.with_name(f".tmp_{output.name}")
+    staging.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(staging, output)

@@ -1,0 +1,105 @@
+"""The end of a run: score the best model, print the table, show some captions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from capdist.config import Recipe
+from capdist.data.features import FeatureStore
+from capdist.data.images import open_photo
+from capdist.data.prepared import PreparedData, Split
+from capdist.inference.pictures import save_samples
+from capdist.metrics.scorer import CaptionScorer
+from capdist.model_folder import load_pretrained, save_pretrained
+from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
+from capdist.training.launch import from_main
+
+NUM_SAMPLES = 8
+
+
+def final_report(
+    accelerator: Accelerator,
+    recipe: Recipe,
+    data: PreparedData,
+    evaluator: Evaluator,
+    features: Mapping[str, FeatureStore],
+) -> tuple[str, dict[str, Any]]:
+    """Score the run's best model on the test split, or on validation if there is no other, and show it.
+
+    Returns:
+        The split and the metrics, which the model folder then carries.
+    """
+    name = next((n for n in ("test", "validation") if n in data.splits), None)
+    folder = recipe.run_folder / "model"
+    if name is None:
+        return "none", {}
+    trained = load_pretrained(folder)
+    split = data.splits[name]
+    evaluation = evaluator.evaluate(
+        trained.model.to(accelerator.device), split, features.get(name), (*FAST_METRICS, "meteor")
+    )
+    if accelerator.is_main_process:
+        # safetensors reads lazily from the file that is about to be replaced: the weights are in memory by now.
+        save_pretrained(replace(trained, metrics={"split": name, **evaluation.metrics}), folder)
+        title = f"{recipe.run.name}: {name} split, beam {recipe.evaluation.beam_size}"
+        print_scores(title, evaluation.metrics, constant_baseline(data, split))
+        show_samples(split, evaluation, recipe.run_folder / "samples.png", f"{recipe.run.name}: {name} split")
+    from_main(None)
+    return name, evaluation.metrics
+
+
+def constant_baseline(data: PreparedData, split: Split) -> tuple[str, dict[str, Any]]:
+    """Return the most frequent training caption, and what it scores when it is said of every image."""
+    counts = Counter(caption for captions in data.splits["train"].references for caption in captions)
+    caption = counts.most_common(1)[0][0]
+    references = {split.image_ids[row]: split.references[row] for row in split.scored_rows}
+    scorer = CaptionScorer(references)
+    scorer.add_many((image_id, caption) for image_id in references)
+    return caption, scorer.compute(FAST_METRICS)
+
+
+def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Mapping[str, Any]] | None = None) -> None:
+    """Print a table of free-running scores, beside those of a constant caption if there is one."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("metric", "model", *(["constant caption"] if constant else [])):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for key, value in metrics.items():
+        if not isinstance(value, str):
+            row = [key, "-" if value is None else f"{value:.4f}"]
+            if constant:
+                row.append(f"{constant[1][key]:.4f}" if key in constant[1] else "-")
+            table.add_row(*row)
+    console = Console()
+    console.print(table)
+    if constant:
+        console.print(f"constant caption: “{constant[0]}”", highlight=False)
+    if metrics.get("meteor_reason"):
+        console.print(f"meteor: {metrics['meteor_reason']}", highlight=False)
+
+
+def show_samples(split: Split, evaluation: Evaluation, path: Path, title: str) -> None:
+    """Print captions of a few images, evenly spread over the split, and save them as a picture."""
+    from rich.console import Console
+
+    rows = split.scored_rows
+    rows = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES]
+    console = Console()
+    for row in rows:
+        image_id = split.image_ids[row]
+        console.print(f"{image_id}: {evaluation.captions[image_id]}", highlight=False)
+    save_samples(
+        [open_photo(split.photos[row]) for row in rows],
+        [evaluation.captions[split.image_ids[row]] for row in rows],
+        path,
+        title,
+    )
+    console.print(f"pictures: {path}", highlight=False)

@@ -1,0 +1,213 @@
+"""A model folder: everything needed to caption, nothing else.
+
+`config.json`, `model.safetensors`, `vocabulary.json` and `README.md`. `config.json` holds the digests of the other
+two, so a mixed-up or damaged folder is noticed before it captions nonsense.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from capdist import __version__
+from capdist.config import DecoderSection, EncoderSection
+from capdist.data.images import Preprocessing
+from capdist.errors import CapdistError, CheckpointError, StorageError
+from capdist.models.caption_model import CaptionModel, build_model
+from capdist.text.vocabulary import Vocabulary
+
+FORMAT = 1
+CONFIG, WEIGHTS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network and what it needs to be used.
+
+    Attributes:
+        model: The network, on the CPU in evaluation mode when it comes from a folder.
+        vocabulary: Its words.
+        preprocessing: What its photos go through.
+        encoder: Section of the recipe.
+        decoder: Section of the recipe.
+        max_length: Most words it was trained to write.
+        search: Default search settings: `beam_size`, `length_penalty`, `no_repeat_ngram`, `min_length`.
+        metrics: What it scored, with `split`; empty if nobody measured.
+        digest: SHA-256 of the weights file; empty if it never was in one.
+    """
+
+    model: CaptionModel
+    vocabulary: Vocabulary
+    preprocessing: Preprocessing
+    encoder: EncoderSection
+    decoder: DecoderSection
+    max_length: int
+    search: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    digest: str = ""
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_pretrained(trained: TrainedModel, folder: Path) -> None:
+    """Write a model folder; whoever reads `folder` meanwhile sees the old one or the new one, never a mixture."""
+    from safetensors.torch import save_model
+
+    staging = folder.with_name(f".tmp_{folder.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    save_model(trained.model, str(staging / WEIGHTS), metadata={"format": "pt"})
+    (staging / VOCABULARY).write_text(trained.vocabulary.to_json(), encoding="utf-8")
+    config = _config(trained) | {"sha256": {name: sha256(staging / name) for name in (WEIGHTS, VOCABULARY)}}
+    (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (staging / CARD).write_text(_card(trained), encoding="utf-8")
+    _swap(staging, folder)
+
+
+def _swap(staging: Path, folder: Path) -> None:
+    old = folder.with_name(f".old_{folder.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(staging, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config(trained: TrainedModel) -> dict[str, Any]:
+    encoder = trained.encoder.model_dump(mode="json")
+    # The weights are in the folder; where they came from is a path of somebody's machine.
+    encoder["weights"] = "none"
+    return {
+        "format": FORMAT,
+        "capdist_version": __version__,
+        "encoder": encoder,
+        "decoder": trained.decoder.model_dump(mode="json"),
+        "preprocessing": asdict(trained.preprocessing),
+        "max_length": trained.max_length,
+        "search": dict(trained.search),
+        "metrics": dict(trained.metrics),
+    }
+
+
+def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
+    """Read and verify a model folder. Nothing in it is executed.
+
+    Args:
+        folder_or_hub_id: A folder, or the id of a model on the Hugging Face Hub.
+
+    Raises:
+        CheckpointError: naming the file that is missing, damaged or foreign.
+        StorageError: if a hub id cannot be fetched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    folder = _find(folder_or_hub_id)
+    config = _read_config(folder / CONFIG)
+    for name, expected in config["sha256"].items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: missing; a model folder is {CONFIG}, {WEIGHTS} and {VOCABULARY}")
+        found = sha256(folder / name)
+        if found != expected:
+            raise CheckpointError(
+                f"{folder / name}: is not the file that {CONFIG} describes (sha256 {found[:12]}…, should be "
+                f"{expected[:12]}…); it was damaged or mixed with another model's: copy the folder again"
+            )
+    vocabulary = Vocabulary.load(folder / VOCABULARY)
+    try:
+        encoder = EncoderSection.model_validate(config["encoder"])
+        decoder = DecoderSection.model_validate(config["decoder"])
+        preprocessing = Preprocessing(**{k: _tuple(v) for k, v in config["preprocessing"].items()})
+        model = build_model(encoder, decoder, vocab_size=len(vocabulary), pad_id=vocabulary.pad_id, load_weights=False)
+        load_model(model, folder / WEIGHTS)
+    except CapdistError:
+        raise
+    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise CheckpointError(f"{folder / CONFIG}: does not describe the weights beside it ({reason})") from None
+    return TrainedModel(
+        model.eval(),
+        vocabulary,
+        preprocessing,
+        encoder,
+        decoder,
+        config["max_length"],
+        config["search"],
+        config["metrics"],
+        config["sha256"][WEIGHTS],
+    )
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _find(folder_or_hub_id: str | Path) -> Path:
+    folder = Path(folder_or_hub_id)
+    if folder.exists():
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"{folder}: is not a model folder: no {CONFIG}; `<output_dir>/<name>/model` is one")
+        return folder
+    name = str(folder_or_hub_id)
+    if name.count("/") != 1 or name.startswith((".", "/")) or name.endswith("/"):
+        raise CheckpointError(f"{name}: no such model folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS, VOCABULARY, CARD]))
+    except Exception as error:  # huggingface_hub and its transports have no common class for "not reachable"
+        raise StorageError(
+            f"{name}: no such folder, and no such model could be fetched from the Hugging Face Hub "
+            f"({type(error).__name__}); check the path, or the network"
+        ) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    needed = {"format", "encoder", "decoder", "preprocessing", "max_length", "search", "metrics", "sha256"}
+    if not isinstance(config, dict) or not needed <= config.keys():
+        raise CheckpointError(f"{path}: is not the config of a capdist model; foreign checkpoints cannot be read")
+    if config["format"] != FORMAT:
+        raise CheckpointError(f"{path}: has format {config['format']}, this version of capdist reads {FORMAT}")
+    if not {WEIGHTS, VOCABULARY} <= config["sha256"].keys():
+        raise CheckpointError(f"{path}: 'sha256' must list {WEIGHTS} and {VOCABULARY}")
+    return config
+
+
+def _card(trained: TrainedModel) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(library_name="capdist", pipeline_tag="image-to-text", tags=["image-captioning", "lstm"])
+    scores = {k: v for k, v in trained.metrics.items() if isinstance(v, float)}
+    split = trained.metrics.get("split", "?")
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items()) or "| - | not measured |"
+    return f"""---
+{data.to_yaml()}
+---
+# Image captioner
+
+{trained.encoder.name} encoder, {trained.decoder.name.replace("_", " ")}, {len(trained.vocabulary):,} words.
+
+    capdist caption THIS_FOLDER photo.jpg
+
+| metric on the {split} split | free-running |
+| --- | --- |
+{rows}
+
+Photos are squashed to {trained.preprocessing.image_size} pixels a side. Captions are lower case without punctuation
+and at most {trained.max_length} words. A captioner repeats what its training captions say, prejudices included: do not
+use it where a wrong description of a person does harm.
+"""

@@ -1,0 +1,137 @@
+"""The whole network: encoder, projection, decoder, and the loss of a batch.
+
+Shapes: B images, R captions an image, T words, N cells, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capdist.config import DecoderSection, EncoderSection
+from capdist.models.decoder import DecoderState, SoftAttentionDecoder
+from capdist.models.encoder import Encoder, build_backbone
+from capdist.text.vocabulary import IGNORED_LABEL
+
+
+class CaptionLoss(NamedTuple):
+    """Sums over the words of a batch; whoever knows the words of the whole global step divides.
+
+    Attributes:
+        cross_entropy: Negative log-likelihood of the labels, smoothed if asked.
+        doubly_stochastic: Sum over captions and cells of (1 - attention a cell got)², Xu et al., equation 14.
+    """
+
+    cross_entropy: Tensor
+    doubly_stochastic: Tensor
+
+
+class CaptionModel(nn.Module):
+    """Photo in, caption out.
+
+    It is also what `capdist.decoding` searches with: `init_state`, `step`, `reorder`.
+
+    Args:
+        encoder: Photos to features.
+        decoder: Features to words; its feature size is that of the projection if there is one.
+        projection: Width of a 1x1 convolution over the features, or None.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: SoftAttentionDecoder, projection: int | None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        # On cells a 1x1 convolution is a linear layer.
+        self.projection = nn.Linear(encoder.channels, projection) if projection else nn.Identity()
+        self.decoder = decoder
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> CaptionLoss:
+        """Return the loss of an image-major batch.
+
+        Args:
+            input_ids: (B·R, T), `<bos> a dog`, the captions of an image side by side.
+            labels: (B·R, T), `a dog <eos>`, `IGNORED_LABEL` where there is no word.
+            pixel_values: (B, 3, height, width), normalised; or
+            features: (B, N, C) that `encode` made earlier.
+            label_smoothing: Share of probability spread over all words.
+        """
+        if features is None:
+            assert pixel_values is not None
+            features = self.encode(pixel_values)
+        labels = labels.unflatten(0, (len(features), -1))
+        hidden, attention = self.decoder(self.projection(features), input_ids.view_as(labels))
+        is_word = labels != IGNORED_LABEL
+        logits = self.decoder.head(hidden[is_word])
+        cross_entropy = F.cross_entropy(
+            logits.float(), labels[is_word], label_smoothing=label_smoothing, reduction="sum"
+        )
+        looked = (attention * is_word[..., None]).sum(dim=2)
+        penalty = ((1 - looked) ** 2).sum(dim=-1) * is_word.any(dim=-1)
+        return CaptionLoss(cross_entropy, penalty.sum())
+
+    def logits(self, features: Tensor, input_ids: Tensor) -> Tensor:
+        """Return next-word logits (B, R, T, V) for features (B, N, C) and ids (B, R, T)."""
+        hidden, _ = self.decoder(self.projection(features), input_ids)
+        logits: Tensor = self.decoder.head(hidden)
+        return logits
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Return the encoder's features (B, N, C) of normalised photos (B, 3, height, width)."""
+        features: Tensor = self.encoder(pixel_values)
+        return features
+
+    def init_state(self, features: Tensor) -> DecoderState:
+        """Start one caption an image; features are (B, N, C) from `encode`."""
+        return self.decoder.init_state(self.projection(features))
+
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
+        """Read one word a row; see `SoftAttentionDecoder.step`."""
+        return self.decoder.step(tokens, state)
+
+    def reorder(self, state: DecoderState, parents: Tensor) -> DecoderState:
+        """Continue from other rows; see `SoftAttentionDecoder.reorder`."""
+        return self.decoder.reorder(state, parents)
+
+
+def build_model(
+    encoder: EncoderSection, decoder: DecoderSection, *, vocab_size: int, pad_id: int, load_weights: bool = True
+) -> CaptionModel:
+    """Make the network of a recipe.
+
+    Args:
+        encoder: The recipe's section.
+        decoder: The recipe's section.
+        vocab_size: V.
+        pad_id: Id of `<pad>`.
+        load_weights: False leaves the encoder's weights to be loaded with the rest of a saved model.
+
+    Raises:
+        UsageError, CheckpointError, StorageError: as `build_backbone`.
+    """
+    backbone = build_backbone(encoder.name, encoder.stage, encoder.weights if load_weights else "none")
+    decoder_module = SoftAttentionDecoder(
+        feature_size=encoder.projection or backbone.channels,
+        vocab_size=vocab_size,
+        embed_size=decoder.embed_size,
+        hidden_size=decoder.hidden_size,
+        attention_size=decoder.attention_size,
+        dropout=decoder.dropout,
+        gate=decoder.gate,
+        tie_weights=decoder.tie_weights,
+        pad_id=pad_id,
+    )
+    encoder_module = Encoder(
+        backbone, grid=encoder.grid, trainable_from=encoder.trainable_from, batch_norm=encoder.batch_norm
+    )
+    model = CaptionModel(encoder_module, decoder_module, encoder.projection)
+    return model.to(memory_format=torch.channels_last)

@@ -1,0 +1,144 @@
+"""Train a captioner: `accelerate launch capdist/train.py --config RECIPE [section.key=value …] [--resume]`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # started as a file: this folder must not be where imports are looked up first
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from capdist.config import Recipe, load_recipe
+from capdist.errors import run_program
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        folder: Of the run.
+        steps: Optimizer steps taken, over all its starts.
+        split: Split of the final scores: `test`, or `validation` if the source has no test split.
+        metrics: Final scores of the best model.
+    """
+
+    folder: Path
+    steps: int
+    split: str
+    metrics: dict[str, Any]
+
+
+def default_recipe() -> Path:
+    """Return the path of `scenes.yaml`, in a checkout or inside an installed package."""
+    here = Path(__file__).resolve().parent
+    return next(p for p in (here.parent / "configs" / "scenes.yaml", here / "configs" / "scenes.yaml") if p.exists())
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; argparse exits with 2 on a mistake."""
+    parser = argparse.ArgumentParser(prog="capdist train", description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "--config", default=str(default_recipe()), metavar="RECIPE", help="YAML file (default: %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of the run")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
+    return parser.parse_intermixed_args(argv)
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
+    """Run a recipe from data to final scores.
+
+    Args:
+        recipe: What to train.
+        resume: Continue the run in the recipe's folder.
+
+    Raises:
+        CapdistError: the class says what kind of thing went wrong.
+    """
+    import torch
+
+    from capdist.data.captions import seed_of
+    from capdist.data.images import Preprocessing
+    from capdist.data.prepared import prepare
+    from capdist.inference.report import final_report
+    from capdist.models.caption_model import build_model
+    from capdist.training import launch
+    from capdist.training.encoding import encode_split
+    from capdist.training.evaluation import Evaluator, search_options
+    from capdist.training.loop import Loop
+    from capdist.training.optimization import build_optimizer
+    from capdist.training.setup import describe_start, identify, refuse_to_overwrite, show_start
+    from capdist.training.stopping import StopSignals
+    from capdist.training.tracking import Tracking
+
+    # The processes of this launch, and the folder that is theirs alone.
+    accelerator = launch.build_accelerator(recipe)
+    folder = recipe.run_folder
+    with launch.exclusive(folder, is_main=accelerator.is_main_process), StopSignals() as signals:
+        if not resume:
+            refuse_to_overwrite(folder, accelerator)
+
+        # Photos and captions, words, network.
+        data = prepare(recipe.data, recipe.text)
+        torch.manual_seed(seed_of(recipe.run.seed, "weights"))
+        model = build_model(
+            recipe.encoder, recipe.decoder, vocab_size=len(data.vocabulary), pad_id=data.vocabulary.pad_id
+        ).to(accelerator.device)
+        preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
+        optimizer = build_optimizer(model, recipe.training)
+        identity = identify(recipe, data, accelerator)
+        show_start(accelerator, recipe, data, model)
+
+        # A frozen encoder sees each photo once, not once an epoch.
+        features = {}
+        if recipe.caches_features:
+            for split in data.splits.values():
+                features[split.name] = encode_split(accelerator, model, preprocessing, split, recipe)
+
+        model, optimizer = accelerator.prepare(model, optimizer)
+        options = search_options(recipe.evaluation, data.vocabulary, recipe.text.max_length)
+        evaluator = Evaluator(
+            accelerator, data.vocabulary, preprocessing, options, recipe.evaluation.batch_size, recipe.data.num_workers
+        )
+        loop = Loop(accelerator, recipe, data, model, optimizer, preprocessing, features, evaluator, identity)
+        loop.warm_up()
+        if resume:
+            loop.restore()
+
+        tracking = Tracking(accelerator, recipe, loop.state.step)
+        if accelerator.is_main_process:
+            recipe.save(folder / "config.yaml")
+        tracking.log(describe_start(accelerator, recipe, identity), loop.state.step)
+        try:
+            state = loop.run(tracking, signals)
+            scored, metrics = final_report(accelerator, recipe, data, evaluator, features)
+            tracking.log({"split": scored, "final": True, **metrics}, state.step, group="final")
+        finally:
+            tracking.close()
+    return TrainResult(folder, state.step, scored, metrics)
+
+
+def main(argv: Sequence[str] | None = None) -> TrainResult:
+    """Train what the command line asks for.
+
+    Args:
+        argv: Arguments; None takes those of the process.
+
+    Raises:
+        CapdistError: the class says what kind of thing went wrong.
+    """
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    return train(load_recipe(arguments.config, arguments.overrides), resume=arguments.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, debug="--debug" in sys.argv))

@@ -1,0 +1,262 @@
+"""Checkpoints: whole or absent, exact, and nothing in them is executed.
+
+A checkpoint is a folder `step_<8 digits>` with `model.safetensors`, `optimizer.safetensors`, `vocabulary.json`,
+`state.json` and, last, `manifest.json` with the digest of the others. It is written under another name, flushed to
+the disk and renamed, so a folder with the right name is complete. It is read back only if every digest fits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from capdist.errors import CheckpointError
+from capdist.model_folder import sha256
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+@dataclass
+class TrainState:
+    """Where a run is. Order, augmentation, dropout and learning rate follow from `step` and the recipe.
+
+    Attributes:
+        step: Optimizer steps taken.
+        best_score: Best validation score so far.
+        best_step: Where it was reached.
+        stale_validations: Validations since then.
+        scaler: State of fp16 loss scaling.
+    """
+
+    step: int = 0
+    best_score: float | None = None
+    best_step: int | None = None
+    stale_validations: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a run must share with a checkpoint to continue it exactly.
+
+    Attributes:
+        recipe: As `Recipe.to_dict`.
+        vocabulary: Digest of the words and their order.
+        data: Digest of images and captions of the training split.
+        num_processes: Processes.
+        threads: Processor threads of each.
+        versions: Of the libraries that compute.
+    """
+
+    recipe: dict[str, dict[str, Any]]
+    vocabulary: str
+    data: str
+    num_processes: int
+    threads: int
+    versions: dict[str, str]
+
+
+FREE_KEYS = {
+    ("run", "name"), ("run", "output_dir"), ("run", "threads"), ("data", "path"), ("data", "num_workers"),
+    ("encoder", "weights"), ("encoder", "cache"), ("training", "epochs"), ("training", "max_steps"),
+    ("training", "patience"), ("training", "log_every"),
+}  # fmt: skip
+"""Recipe keys that a resumed run may change; so may all of `evaluation`, `checkpoint` and `tracking`."""
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    vocabulary: str,
+    state: TrainState,
+    identity: Identity,
+) -> Path:
+    """Write a checkpoint of `state.step` under `folder` and return its path.
+
+    Args:
+        folder: The run's `checkpoints/`.
+        model: Unwrapped.
+        optimizer: Its per-parameter tensors are saved; the rates follow from the step.
+        vocabulary: Contents of `vocabulary.json`.
+        state: Where the run is.
+        identity: What it is.
+    """
+    final = folder / f"step_{state.step:08d}"
+    staging = folder / f".tmp_{final.name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        save_model(model, str(staging / MODEL))
+        save_file(_flatten(optimizer.state_dict()["state"]), str(staging / OPTIMIZER))
+        (staging / "vocabulary.json").write_text(vocabulary, encoding="utf-8")
+        (staging / STATE).write_text(json.dumps({"state": asdict(state), "identity": asdict(identity)}, indent=1))
+        manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(staging.iterdir())}
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in (*staging.iterdir(), staging):
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _flush(folder)
+    return final
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what killed runs left half-written."""
+    for path in [*_newest_first(folder)][keep:]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".tmp_step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest whole checkpoint, or None if there never was one.
+
+    Args:
+        folder: The run's `checkpoints/`.
+        warn: Told of each damaged checkpoint that is passed over.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none is whole; a run never silently starts from nothing.
+    """
+    damages = []
+    for path in _newest_first(folder):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        damages.append(damage)
+        warn(f"{damage}; going back to the checkpoint before it")
+    if damages:
+        raise CheckpointError(
+            *damages, f"{folder}: no checkpoint is whole; restore one, or start anew without --resume"
+        )
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            path = checkpoint / Path(name).name
+            if not path.is_file():
+                return f"{path}: missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{path}: {path.stat().st_size} bytes, should be {expected['bytes']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{path}: damaged: its sha256 is not the one in {MANIFEST}"
+        if not {MODEL, OPTIMIZER, STATE} <= manifest.keys():
+            return f"{checkpoint / MANIFEST}: does not list {MODEL}, {OPTIMIZER} and {STATE}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{checkpoint / MANIFEST}: unreadable ({error})"
+    return None
+
+
+def read_state(checkpoint: Path) -> tuple[TrainState, Identity]:
+    """Read where a checkpoint's run was and what it was.
+
+    Raises:
+        CheckpointError: if the file is not of this version.
+    """
+    try:
+        values = json.loads((checkpoint / STATE).read_text())
+        return TrainState(**values["state"]), Identity(**values["identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{checkpoint / STATE}: not a state of this version of capdist ({error})") from None
+
+
+def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Callable[[str], None]) -> None:
+    """Refuse to continue another run, listing every difference at once.
+
+    Args:
+        checkpoint: For messages.
+        saved: Identity in the checkpoint.
+        now: Identity of the run that would continue.
+        warn: Told of differences that only cost bit-equality.
+
+    Raises:
+        CheckpointError: with one line for each difference.
+    """
+    mistakes = [
+        f"{checkpoint}: {section}.{key} was {before!r}, now {after!r}; set it back, or start a run of its own"
+        for section, key, before, after in _recipe_differences(saved.recipe, now.recipe)
+    ]
+    if saved.num_processes != now.num_processes:
+        mistakes.append(
+            f"{checkpoint}: was made by {saved.num_processes} processes, now {now.num_processes}; launch as many"
+        )
+    if saved.vocabulary != now.vocabulary:
+        mistakes.append(f"{checkpoint}: the training captions now give another vocabulary; restore the captions")
+    elif saved.data != now.data:
+        mistakes.append(f"{checkpoint}: the training images or captions changed; restore them")
+    if mistakes:
+        raise CheckpointError(*mistakes)
+    if saved.threads != now.threads:
+        warn(f"resuming with {now.threads} threads, was {saved.threads}: close, but not bit-equal (run.threads)")
+    for name, version in saved.versions.items():
+        if now.versions.get(name) != version:
+            warn(f"resuming with {name} {now.versions.get(name)}, was {version}: close, but not bit-equal")
+
+
+def _recipe_differences(
+    saved: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
+) -> Iterator[tuple[str, str, Any, Any]]:
+    for section, values in now.items():
+        if section not in ("evaluation", "checkpoint", "tracking"):
+            for key, value in values.items():
+                before = saved.get(section, {}).get(key)
+                if before != value and (section, key) not in FREE_KEYS:
+                    yield section, key, before, value
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and optimizer state of a checkpoint, already found whole, in place.
+
+    Raises:
+        CheckpointError: if they do not fit the model.
+    """
+    try:
+        load_model(model, checkpoint / MODEL)
+        state = _unflatten(load_file(checkpoint / OPTIMIZER))
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint}: does not fit this model ({str(error).splitlines()[0][:160]})") from None
+
+
+def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{index}.{name}": t.contiguous() for index, tensors in state.items() for name, t in tensors.items()}
+
+
+def _unflatten(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    return state
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    paths = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    yield from sorted(paths, reverse=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""Start: the processes, their devices and precision, and proof that they are what was asked for."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+
+from capdist.config import Recipe
+from capdist.errors import UsageError
+
+T = TypeVar("T")
+
+
+def build_accelerator(recipe: Recipe | None = None, *, threads: int | None = None) -> Accelerator:
+    """Join the processes of this launch.
+
+    Args:
+        recipe: Gives precision, trackers and folders; None for a program that only captions.
+        threads: Processor threads of each process; None = the recipe's, else an equal share of the machine.
+
+    Raises:
+        UsageError: if the launcher started processes that do not see each other, or a precision this device lacks.
+    """
+    precision = None
+    if recipe is not None:
+        threads = threads or recipe.run.threads
+        precision = recipe.training.mixed_precision
+    folder = None if recipe is None else recipe.run_folder
+    try:
+        accelerator = Accelerator(
+            mixed_precision=None if precision == "inherit" else precision,
+            log_with=list(recipe.tracking.with_) if recipe is not None else None,
+            project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
+            # A plugin, because the environment overrides the plain argument. Steps drives its own accumulation.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
+    except ValueError as error:
+        if "mixed precision" not in str(error):
+            raise
+        raise UsageError(f"training.mixed_precision: {error}; use bf16 or no") from None
+    check_world(accelerator)
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, _processors() // local_processes))
+    # Attention weights and Adam's second moments decay into denormals, on which processors are ten times slower.
+    torch.set_flush_denormal(True)
+    return accelerator
+
+
+def check_world(accelerator: Accelerator) -> None:
+    """Refuse processes that each believe to be alone: every one would train its own copy into the same folder.
+
+    Raises:
+        UsageError: if the launcher started another number of processes than have joined.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UsageError(
+            f"launch: {started} processes were started, but {accelerator.num_processes} joined on "
+            f"{accelerator.device}; on a machine without a GPU set ACCELERATE_USE_CPU=true"
+        )
+
+
+@contextmanager
+def exclusive(folder: Path, *, is_main: bool) -> Iterator[None]:
+    """Hold a run folder, so that two runs never write into the same one. The lock dies with the process.
+
+    Raises:
+        UsageError: if another process holds it.
+    """
+    if not is_main:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder}: another run is writing there; wait for it, or choose another run.name"
+            ) from None
+        yield
+
+
+def _processors() -> int:
+    """Return the processors this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def from_main(value: T) -> T:
+    """Return the main process's value in every process; all must call it together."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]

@@ -1,0 +1,306 @@
+"""The loop: steps, and what happens between two steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import nn
+from tqdm import tqdm
+
+from capdist.config import Recipe
+from capdist.data.batches import CaptionBatch, CaptionDataset, Collator
+from capdist.data.features import FeatureStore
+from capdist.data.images import Augmentation, Preprocessing
+from capdist.data.loaders import Plan, training_batches
+from capdist.data.prepared import PreparedData
+from capdist.errors import Stopped
+from capdist.model_folder import TrainedModel, save_pretrained
+from capdist.models.caption_model import CaptionModel
+from capdist.training.checkpoints import (
+    Identity,
+    TrainState,
+    check_identity,
+    load_checkpoint,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
+from capdist.training.evaluation import Evaluator
+from capdist.training.launch import from_main
+from capdist.training.optimization import set_learning_rate
+from capdist.training.step import StepReport, TrainStep
+from capdist.training.stopping import StopSignals
+from capdist.training.tracking import Tracking
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class Meter:
+    """Sums since the last training line; the loss stays on the device until it is read."""
+
+    loss_sum: torch.Tensor
+    num_tokens: int = 0
+    num_captions: int = 0
+    wait_s: float = 0.0
+    start_s: float = field(default_factory=time.perf_counter)
+
+    def add(self, report: StepReport, wait_s: float) -> None:
+        """Add a step."""
+        self.loss_sum += report.loss_sum
+        self.num_tokens += report.num_tokens
+        self.num_captions += report.num_captions
+        self.wait_s += wait_s
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return loss a word, captions/s of all processes and the share of time spent waiting for data."""
+        seconds = time.perf_counter() - self.start_s
+        loss_sum = cast(torch.Tensor, accelerator.reduce(self.loss_sum, "sum")).item()
+        return {
+            "loss": loss_sum / max(1, self.num_tokens),
+            "captions_per_second": self.num_captions / seconds,
+            "data_wait": self.wait_s / seconds,
+        }
+
+
+class Loop:
+    """A run from its first step, or the step after a checkpoint, to its last.
+
+    Args:
+        accelerator: Of the launch.
+        recipe: Of the run.
+        data: Prepared.
+        model: As `accelerator.prepare` gave it.
+        optimizer: Likewise.
+        preprocessing: Of photos.
+        features: Stores by split, empty when the encoder runs in each step.
+        evaluator: Of validations.
+        identity: Of the run.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        data: PreparedData,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        preprocessing: Preprocessing,
+        features: dict[str, FeatureStore],
+        evaluator: Evaluator,
+        identity: Identity,
+    ) -> None:
+        self.accelerator, self.recipe, self.data = accelerator, recipe, data
+        self.optimizer, self.preprocessing, self.features = optimizer, preprocessing, features
+        self.evaluator, self.identity = evaluator, identity
+        self.unwrapped = cast(CaptionModel, accelerator.unwrap_model(model))
+        self.model = model
+        self.state = TrainState()
+        self.checkpoints = recipe.run_folder / "checkpoints"
+        self.step = TrainStep(accelerator, model, optimizer, recipe, preprocessing, features.get("train"))
+        self.plan = Plan.build(
+            data.captions,
+            captions_per_image=recipe.data.captions_per_image,
+            batch_size=recipe.data.batch_size,
+            num_processes=accelerator.num_processes,
+            accumulation=recipe.training.accumulation,
+            seed=recipe.run.seed,
+        )
+        steps = recipe.training.epochs * self.plan.steps_per_epoch
+        self.total_steps = min(steps, recipe.training.max_steps or steps)
+        self.dataset = self._dataset()
+
+    def _dataset(self) -> CaptionDataset:
+        data = self.recipe.data
+        augmentation = Augmentation(
+            data.image_size,
+            random_crop=data.random_crop,
+            horizontal_flip=data.horizontal_flip,
+            color_jitter=data.color_jitter,
+        )
+        return CaptionDataset(
+            None if "train" in self.features else self.data.splits["train"].photos,
+            self.data.captions,
+            self.preprocessing,
+            augmentation if data.augments else None,
+            data.captions_per_image,
+            self.recipe.run.seed,
+        )
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint of the run, if there is one.
+
+        Raises:
+            CheckpointError: if none is whole, or it belongs to another run.
+        """
+        path = from_main(newest_checkpoint(self.checkpoints, self._warn) if self.accelerator.is_main_process else None)
+        if path is None:
+            logger.info(f"no checkpoint in {self.checkpoints} yet: starting from the beginning")
+            return
+        self.state, saved = read_state(path)
+        check_identity(path, saved, self.identity, self._warn)
+        load_checkpoint(path, self.unwrapped, self.optimizer)
+        if self.accelerator.scaler is not None and self.state.scaler:
+            self.accelerator.scaler.load_state_dict(self.state.scaler)
+        logger.info(f"resuming after step {self.state.step:,} of {self.total_steps:,} from {path}")
+
+    def warm_up(self) -> None:
+        """See `TrainStep.warm_up`; a single process has nothing to warm up."""
+        if self.accelerator.num_processes > 1:
+            self.model.train()
+            keys = self.plan.keys(0, self.accelerator.process_index)[0]
+            batch = Collator(self.dataset.captions_per_image)([self.dataset[key] for key in keys])
+            if not isinstance(batch, CaptionBatch):
+                raise batch
+            self.step.warm_up(batch)
+
+    def run(self, tracking: Tracking, signals: StopSignals) -> TrainState:
+        """Take all remaining steps.
+
+        Args:
+            tracking: Hears of the run.
+            signals: May ask to stop.
+
+        Returns:
+            The state at the end.
+
+        Raises:
+            Stopped: after a signal, once a checkpoint is saved.
+            DataError, NumericsError: as the steps.
+        """
+        self.model.train()
+        batches = self._batches()
+        meter = self._new_meter()
+        with tqdm(
+            total=self.total_steps, initial=self.state.step, desc="train", unit="step",
+            disable=not self.accelerator.is_main_process,
+        ) as progress:  # fmt: skip
+            while self.state.step < self.total_steps and not self._is_stale():
+                index = self.state.step
+                before = time.perf_counter()
+                window = [next(batches) for _ in range(self.plan.micro_batches(index))]
+                wait_s = time.perf_counter() - before
+                set_learning_rate(self.optimizer, self.recipe.training, index, self.total_steps)
+                report = self.step(index, window, bool(signals.received))
+                self.state.step += 1
+                meter.add(report, wait_s)
+                progress.update()
+                if self._is_due(self.recipe.training.log_every):
+                    self._log_training(meter, tracking, progress)
+                    meter = self._new_meter()
+                if self._ends_epoch(self.recipe.evaluation.every_epochs):
+                    self._validate(tracking)
+                    meter = self._new_meter()
+                if self._checkpoint_is_due() or report.stop:
+                    self._save()
+                if report.stop:
+                    raise self._stopped(signals)
+        return self.state
+
+    def _batches(self) -> Iterator[CaptionBatch]:
+        return training_batches(
+            self.dataset,
+            self.plan,
+            self.accelerator.process_index,
+            range(self.state.step, self.total_steps),
+            num_workers=self.recipe.data.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def _new_meter(self) -> Meter:
+        return Meter(torch.zeros((), device=self.accelerator.device))
+
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.total_steps
+
+    def _ends_epoch(self, every: int) -> bool:
+        return self._is_due(every * self.plan.steps_per_epoch)
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        return self._is_due(every) if every else self._ends_epoch(1)
+
+    def _is_stale(self) -> bool:
+        patience = self.recipe.training.patience
+        return patience is not None and self.state.stale_validations >= patience
+
+    def _log_training(self, meter: Meter, tracking: Tracking, progress: Any) -> None:
+        values = meter.read(self.accelerator)
+        values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
+        values["epoch"] = self.state.step / self.plan.steps_per_epoch
+        tracking.log(values, self.state.step, group="train")
+        progress.set_postfix_str(
+            f"loss {values['loss']:.3f}, {values['captions_per_second']:.0f} captions/s, "
+            f"data wait {values['data_wait']:.0%}"
+        )
+
+    def _validate(self, tracking: Tracking) -> None:
+        if "validation" not in self.data.splits:
+            self._keep_model({})  # nothing to choose by: the newest is the best
+            return
+        started = time.perf_counter()
+        evaluation = self.evaluator.evaluate(
+            self.unwrapped, self.data.splits["validation"], self.features.get("validation")
+        )
+        seconds = time.perf_counter() - started
+        tracking.log(
+            {"split": "validation", **evaluation.metrics, "seconds": seconds}, self.state.step, group="validation"
+        )
+        score = evaluation.metrics[self.recipe.evaluation.select_by]
+        self.state.stale_validations += 1
+        if self.state.best_score is None or score > self.state.best_score:
+            self.state.best_score, self.state.best_step, self.state.stale_validations = score, self.state.step, 0
+            self._keep_model({"split": "validation", **evaluation.metrics})
+        shown = ", ".join(f"{n} {evaluation.metrics[n]:.3f}" for n in ("bleu_1", "bleu_4", "cider"))
+        logger.info(f"step {self.state.step:,}: validation {shown} ({seconds:.0f} s)")
+
+    def _keep_model(self, metrics: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            save_pretrained(
+                TrainedModel(
+                    self.unwrapped,
+                    self.data.vocabulary,
+                    self.preprocessing,
+                    self.recipe.encoder,
+                    self.recipe.decoder,
+                    self.recipe.text.max_length,
+                    self.recipe.evaluation.model_dump(
+                        include={"beam_size", "length_penalty", "no_repeat_ngram", "min_length"}
+                    ),
+                    metrics,
+                ),
+                self.recipe.run_folder / "model",
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            if self.accelerator.scaler is not None:
+                self.state.scaler = self.accelerator.scaler.state_dict()
+            save_checkpoint(
+                self.checkpoints,
+                self.unwrapped,
+                self.optimizer,
+                self.data.vocabulary.to_json(),
+                self.state,
+                self.identity,
+            )
+            prune_checkpoints(self.checkpoints, self.recipe.checkpoint.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _stopped(self, signals: StopSignals) -> Stopped:
+        # A process that heard of the signal from another one reports the usual one of schedulers.
+        number = from_main(signals.received) or signals.received or 15
+        return Stopped(
+            number, f"stopped by signal {number} after step {self.state.step}; checkpoint saved, --resume continues"
+        )
+
+    def _warn(self, message: str) -> None:
+        logger.warning(message)

@@ -1,0 +1,77 @@
+"""What a run is, said before it starts: to the user, to the log, and to the checkpoints."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from capdist import __version__
+from capdist.config import Recipe
+from capdist.data.prepared import PreparedData
+from capdist.errors import UsageError
+from capdist.models.caption_model import CaptionModel
+from capdist.training.checkpoints import Identity
+from capdist.training.launch import from_main
+from capdist.training.tracking import LOG
+
+logger = get_logger(__name__)
+
+
+def refuse_to_overwrite(folder: Path, accelerator: Accelerator) -> None:
+    """Refuse to start anew where a run already is.
+
+    Raises:
+        UsageError: saying how to continue it or keep it.
+    """
+    if from_main((folder / LOG).exists() if accelerator.is_main_process else None):
+        raise UsageError(
+            f"{folder}: already holds a run; continue it with --resume, choose another run.name, or delete the folder"
+        )
+
+
+def identify(recipe: Recipe, data: PreparedData, accelerator: Accelerator) -> Identity:
+    """Return what a checkpoint of this run will be compared with."""
+    return Identity(
+        recipe=recipe.to_dict(),
+        vocabulary=data.vocabulary.digest,
+        data=data.splits["train"].digest,
+        num_processes=accelerator.num_processes,
+        threads=torch.get_num_threads(),
+        versions={"torch": torch.__version__, "machine": platform.machine()},
+    )
+
+
+def describe_start(accelerator: Accelerator, recipe: Recipe, identity: Identity) -> dict[str, Any]:
+    """Return the first log line of a start: what took effect, not what was asked for."""
+    libraries = ("torch", "torchvision", "accelerate", "datasets", "evaluate", "spacy")
+    return {
+        "run": recipe.run.name,
+        "num_processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "mixed_precision": accelerator.mixed_precision,
+        "distributed_type": accelerator.distributed_type.value,
+        "threads": identity.threads,
+        "versions": {"capdist": __version__, "python": platform.python_version()}
+        | {library: version(library) for library in libraries},
+    }
+
+
+def show_start(accelerator: Accelerator, recipe: Recipe, data: PreparedData, model: CaptionModel) -> None:
+    """Tell the user what is about to run."""
+    for note in data.notes:
+        logger.warning(f"data: {note}")
+    images = ", ".join(f"{len(split.image_ids):,} {name}" for name, split in data.splits.items())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    logger.info(
+        f"{recipe.data.source}: {images} images; {len(data.vocabulary):,} words; "
+        f"{recipe.encoder.name} + {recipe.decoder.name}: {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M train; "
+        f"{accelerator.num_processes} x {accelerator.device}, precision {accelerator.mixed_precision}, "
+        f"{torch.get_num_threads()} threads each"
+    )

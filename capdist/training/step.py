@@ -1,0 +1,139 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from capdist.config import Recipe
+from capdist.data.batches import CaptionBatch
+from capdist.data.captions import seed_of
+from capdist.data.features import FeatureStore
+from capdist.data.images import Preprocessing
+from capdist.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did, over all processes.
+
+    Attributes:
+        loss_sum: This process's share of the loss, not yet divided by words; on the device.
+        num_tokens: Words of the step, over all processes.
+        num_captions: Captions of the step, over all processes.
+        stop: Whether any process was told to stop.
+        skipped: Whether fp16 scaling found infinities and left the weights alone.
+    """
+
+    loss_sum: Tensor
+    num_tokens: int
+    num_captions: int
+    stop: bool
+    skipped: bool
+
+
+class TrainStep:
+    """Forward, backward and update over the micro-batches of one step.
+
+    The loss is divided by the words of the whole global step, so that neither the split over processes nor that over
+    micro-batches changes the gradient.
+
+    Args:
+        accelerator: Of the launch.
+        model: As `accelerator.prepare` gave it.
+        optimizer: Likewise.
+        recipe: Of the run.
+        preprocessing: Of photos.
+        features: Of the training split, or None when the encoder runs in the step.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        preprocessing: Preprocessing,
+        features: FeatureStore | None,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.recipe, self.preprocessing, self.features = recipe, preprocessing, features
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, step: int, window: Sequence[CaptionBatch], stop_requested: bool = False) -> StepReport:
+        """Take a step.
+
+        Args:
+            step: Its index from 0.
+            window: This process's micro-batches.
+            stop_requested: Whether this process was told to stop; shared with the others on the way.
+
+        Raises:
+            NumericsError: if the gradient is not finite; the weights are as they were.
+        """
+        counts = torch.tensor(
+            [sum(b.num_tokens for b in window), sum(b.num_captions for b in window), int(stop_requested)],
+            dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
+            device=self.accelerator.device,
+        )
+        num_tokens, num_captions, stop = (int(n) for n in self.accelerator.reduce(counts, "sum").tolist())
+        loss_sum = torch.zeros((), device=self.accelerator.device)
+        for micro, batch in enumerate(window):
+            last = micro == len(window) - 1
+            torch.manual_seed(seed_of(self.recipe.run.seed, "dropout", step, micro, self.accelerator.process_index))
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self._loss(batch)
+                # DDP averages the gradients of the processes; this makes it their sum.
+                self.accelerator.backward(loss * (self.accelerator.num_processes / max(1, num_tokens)))
+            loss_sum += loss.detach()
+        skipped = self._update(step)
+        return StepReport(loss_sum, num_tokens, num_captions, stop > 0, skipped)
+
+    def warm_up(self, batch: CaptionBatch) -> None:
+        """Run two steps that change nothing.
+
+        DDP lays its buckets out anew after the first backward pass, which changes the order in which three or more
+        processes are summed. After this a fresh run and a resumed one sum alike, and a lack of memory shows early.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        for _ in range(2):
+            self.accelerator.backward(self._loss(batch))
+            self.optimizer.zero_grad()
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(buffers[name])
+
+    def _loss(self, batch: CaptionBatch) -> Tensor:
+        training = self.recipe.training
+        inputs = self._inputs(batch)
+        cross_entropy, doubly_stochastic = self.model(label_smoothing=training.label_smoothing, **inputs)
+        loss: Tensor = cross_entropy + training.doubly_stochastic * doubly_stochastic
+        return loss
+
+    def _inputs(self, batch: CaptionBatch) -> dict[str, Tensor]:
+        features = self.features.features(batch.image_rows) if self.features is not None else None
+        batch = batch.to(self.accelerator.device)
+        inputs = {"input_ids": batch.input_ids, "labels": batch.labels}
+        if features is not None:
+            return inputs | {"features": features.to(self.accelerator.device, non_blocking=True)}
+        assert batch.images is not None
+        return inputs | {"pixel_values": self.preprocessing.normalize(batch.images)}
+
+    def _update(self, step: int) -> bool:
+        limit = self.recipe.training.clip_norm
+        norm = self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else float("inf"))
+        assert norm is not None
+        scaled = self.accelerator.scaler is not None  # fp16 finds infinities by itself and skips the step
+        if not scaled and not torch.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise NumericsError(
+                f"step {step + 1}: the gradient is {norm.item()}; the weights were not changed. Lower "
+                "training.learning_rate, lengthen training.warmup_steps, or use training.mixed_precision=bf16 or no"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return scaled and bool(self.accelerator.optimizer_step_was_skipped)

@@ -1,0 +1,116 @@
+"""Who hears of a run: `log.jsonl` always, TensorBoard and wandb if the recipe says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
+from capdist.config import Recipe
+
+LOG = "log.jsonl"
+logger = get_logger(__name__)
+
+
+class Tracking:
+    """Logs of a run. Trackers are a courtesy: whatever goes wrong with one of them, training goes on.
+
+    Args:
+        accelerator: Built with the recipe's trackers; only the main process writes.
+        recipe: Of the run.
+        step: Steps already taken; lines beyond them, from before a crash, are dropped and written again.
+    """
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, step: int) -> None:
+        self._accelerator = accelerator
+        self._is_main = accelerator.is_main_process
+        self._path = recipe.run_folder / LOG
+        if self._is_main:
+            _drop_lines_after(self._path, step)
+            if "wandb" in recipe.tracking.with_:
+                _choose_wandb_mode()
+        self._start_trackers(recipe)
+
+    def _start_trackers(self, recipe: Recipe) -> None:
+        flat = {f"{section}.{key}": str(v) for section, keys in recipe.to_dict().items() for key, v in keys.items()}
+        wandb = {"name": recipe.run.name, "config": recipe.to_dict(), "dir": str(recipe.run_folder)}
+        try:
+            self._accelerator.init_trackers(recipe.tracking.project, config=flat, init_kwargs={"wandb": wandb})
+        except Exception as error:  # any of the trackers' own classes; none is worth a run
+            logger.warning(f"trackers are off: {type(error).__name__}: {error}; {LOG} has everything")
+            self._accelerator.trackers = []
+
+    def log(self, values: Mapping[str, Any], step: int, *, group: str | None = None) -> None:
+        """Write one line.
+
+        Args:
+            values: By name, JSON types.
+            step: Optimizer steps taken.
+            group: Group of panels in the trackers; None keeps the line out of them.
+        """
+        if not self._is_main:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        numbers = {f"{group}/{n}": v for n, v in values.items() if isinstance(v, int | float)}
+        if group and self._accelerator.trackers:
+            try:
+                self._accelerator.log(numbers, step=step)
+            except Exception as error:  # as above
+                logger.warning(f"trackers are off from step {step}: {error}")
+                self._accelerator.trackers = []
+
+    def close(self) -> None:
+        """Flush and end the trackers."""
+        try:
+            self._accelerator.end_training()
+        except Exception as error:  # as above
+            logger.warning(f"a tracker did not end well: {error}")
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept) if step else "", encoding="utf-8")
+
+
+def _choose_wandb_mode() -> None:
+    """Go offline when wandb would ask for a key or wait for a server, unless the user has chosen a mode."""
+    if "WANDB_MODE" in os.environ:
+        return
+    reason = None
+    if not (os.environ.get("WANDB_API_KEY") or _has_netrc_key()):
+        reason = "no API key (`wandb login`)"
+    elif not _is_reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+        reason = "its server cannot be reached"
+    if reason is not None:
+        os.environ["WANDB_MODE"] = "offline"
+        logger.warning(f"wandb logs offline: {reason}; `wandb sync` sends the run later")
+
+
+def _has_netrc_key() -> bool:
+    import netrc
+
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _is_reachable(url: str, timeout_s: float = 3.0) -> bool:
+    parts = urlsplit(url)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout=timeout_s):
+            return True
+    except OSError:
+        return False
