@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,7 +115,7 @@ def check(
 ) -> None:
     """Read every caption and every photo of a recipe once, and list what is wrong; exits with 3 if anything is."""
     from capdist.config import load_recipe
-    from capdist.data.checks import check_recipe
+    from capdist.data.check_recipe import check_recipe
 
     check_recipe(load_recipe(config, overrides or ()))
 
@@ -132,21 +131,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    import click
-
+    # The click that typer uses is a dependency of it in some versions and a part of it in others.
+    click_error: Any = typer.BadParameter.__base__
     try:
         code: Any = app(arguments, standalone_mode=False, prog_name="capdist")
-    except click.UsageError as error:
+    except click_error as error:
         raise UsageError(f"{error.format_message()} (see `capdist {_subcommand(arguments)}--help`)") from None
-    except click.Abort:
+    except typer.Abort:
         raise KeyboardInterrupt from None
-    if isinstance(code, int) and code:
-        sys.stdout.flush()
-        os._exit(code) if code < 0 else sys.exit(code)
+    if code:
+        sys.exit(code)
 
 
 def _subcommand(arguments: list[str]) -> str:
-    return f"{arguments[0]} " if arguments and not arguments[0].startswith("-") else ""
+    known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    return f"{arguments[0]} " if arguments and arguments[0] in known else ""
 
 
 if __name__ == "__main__":

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-EXIT_CODE_FILE_VARIABLE = "CAPDIST_EXIT_CODE_FILE"
-"""Where a process leaves its exit code for the parent that `capdist train` is; launchers flatten codes to 1."""
+EXIT_FOLDER_VARIABLE = "CAPDIST_EXIT_FOLDER"
+"""Names the folder in which processes leave how they ended for the parent that `capdist train` is."""
+
+_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class CapdistError(Exception):
@@ -103,40 +106,33 @@ def run_program(program: Callable[[], object], *, debug: bool = False) -> int:
     code = 0
     try:
         program()
-    except CapdistError as error:
-        if debug:
+    except (Exception, KeyboardInterrupt) as error:
+        code, mistakes = _classify(error)
+        if code == 1 or debug:
             traceback.print_exc()
-        code = error.exit_code
-        _complain(*error.mistakes)
-    except KeyboardInterrupt:
-        code = 130
-        _complain("interrupted before anything could be saved")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
-            traceback.print_exc()
-            code = 1
-        else:
-            if debug:
-                traceback.print_exc()
-            code = StorageError.exit_code
-            _complain(
-                f"{error.filename or 'input/output'}: {error.strerror}; free space or fix the permission, then repeat"
-            )
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    _leave_exit_code(code)
+        _tell(code, mistakes)
     return code
 
 
-def _complain(*mistakes: str) -> None:
+def _classify(error: BaseException) -> tuple[int, tuple[str, ...]]:
+    if isinstance(error, CapdistError):
+        return error.exit_code, error.mistakes
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ("interrupted before there was anything to save",)
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        what = error.filename or "input/output"
+        return StorageError.exit_code, (f"{what}: {error.strerror}; free space or fix the permission, then repeat",)
+    return 1, ()
+
+
+def _tell(code: int, mistakes: tuple[str, ...]) -> None:
+    """Print the mistakes, or leave them to the parent that prints those of all processes once."""
+    folder = os.environ.get(EXIT_FOLDER_VARIABLE)
+    if folder:
+        end = json.dumps({"code": code, "mistakes": mistakes})
+        with contextlib.suppress(OSError):
+            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(end)
+            return
     sys.stdout.flush()
     for mistake in mistakes:
         print(f"capdist: error: {mistake}", file=sys.stderr)  # noqa: T201
-
-
-def _leave_exit_code(code: int) -> None:
-    folder = os.environ.get(EXIT_CODE_FILE_VARIABLE)
-    if folder and code:
-        with contextlib.suppress(OSError):
-            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(str(code))

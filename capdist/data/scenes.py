@@ -285,17 +285,15 @@ def _background(name: str) -> Image.Image:
     bottom = 0
     for height, above, below in _BANDS[name]:
         top, bottom = bottom, round(bottom + height * side)
-        for y in range(top, bottom):
-            share = (y - top) / (bottom - top)
+        for row in range(top, bottom):
+            share = (row - top) / (bottom - top)
             colour = tuple(round(a + (b - a) * share) for a, b in zip(above, below, strict=True))
-            pen.line((0, y, side, y), colour)
-    if name == "night":
-        rng = random.Random("stars")
-        for _ in range(26):
-            x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.choice((1.0, 1.5, 2.0))
-            pen.ellipse((x - r, y - r, x + r, y + r), (235, 235, 205))
-    if name == "paper":
-        for at in range(12, side, 24):
-            pen.line((at, 0, at, side), (185, 200, 222), 2)
-            pen.line((0, at, side, at), (185, 200, 222), 2)
+            pen.line((0, row, side, row), colour)
+    rng = random.Random("stars")
+    for _ in range(26 if name == "night" else 0):
+        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.choice((1.0, 1.5, 2.0))
+        pen.ellipse((x - r, y - r, x + r, y + r), (235, 235, 205))
+    for at in range(12, side if name == "paper" else 0, 24):
+        pen.line((at, 0, at, side), (185, 200, 222), 2)
+        pen.line((0, at, side, at), (185, 200, 222), 2)
     return canvas

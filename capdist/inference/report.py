@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from capdist.config import Recipe
 from capdist.data.features import FeatureStore
 from capdist.data.images import open_photo
@@ -24,7 +22,6 @@ NUM_SAMPLES = 8
 
 
 def final_report(
-    accelerator: Accelerator,
     recipe: Recipe,
     data: PreparedData,
     evaluator: Evaluator,
@@ -39,6 +36,7 @@ def final_report(
     folder = recipe.run_folder / "model"
     if name is None:
         return "none", {}
+    accelerator = evaluator.accelerator
     trained = load_pretrained(folder)
     split = data.splits[name]
     evaluation = evaluator.evaluate(

@@ -22,7 +22,8 @@ class AdditiveAttention(nn.Module):
         super().__init__()
         self.key = nn.Linear(feature_size, attention_size)
         self.query = nn.Linear(hidden_size, attention_size)
-        self.score = nn.Linear(attention_size, 1)
+        # No bias: adding the same number to the scores of all cells changes nothing after the softmax.
+        self.score = nn.Linear(attention_size, 1, bias=False)
 
     def keys(self, features: Tensor) -> Tensor:
         """Return keys (B, N, A) of features (B, N, C): once an image, however many words look at it."""

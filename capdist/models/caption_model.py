@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capdist.config import DecoderSection, EncoderSection
-from capdist.models.decoder import DecoderState, SoftAttentionDecoder
+from capdist.models.decoder import DecoderState, SoftAttentionDecoder, pack
 from capdist.models.encoder import Encoder, build_backbone
 from capdist.text.vocabulary import IGNORED_LABEL
 
@@ -60,7 +60,7 @@ class CaptionModel(nn.Module):
 
         Args:
             input_ids: (B·R, T), `<bos> a dog`, the captions of an image side by side.
-            labels: (B·R, T), `a dog <eos>`, `IGNORED_LABEL` where there is no word.
+            labels: (B·R, T), `a dog <eos>`, then `IGNORED_LABEL`.
             pixel_values: (B, 3, height, width), normalised; or
             features: (B, N, C) that `encode` made earlier.
             label_smoothing: Share of probability spread over all words.
@@ -68,22 +68,15 @@ class CaptionModel(nn.Module):
         if features is None:
             assert pixel_values is not None
             features = self.encode(pixel_values)
-        labels = labels.unflatten(0, (len(features), -1))
-        hidden, attention = self.decoder(self.projection(features), input_ids.view_as(labels))
-        is_word = labels != IGNORED_LABEL
-        logits = self.decoder.head(hidden[is_word])
+        lengths = (labels != IGNORED_LABEL).sum(dim=1)
+        hidden, looked = self.decoder(self.projection(features), input_ids, lengths)
+        # The head sees all words of the batch in one product, and no padding.
+        logits = self.decoder.head(hidden)
         cross_entropy = F.cross_entropy(
-            logits.float(), labels[is_word], label_smoothing=label_smoothing, reduction="sum"
+            logits.float(), pack(labels, lengths), label_smoothing=label_smoothing, reduction="sum"
         )
-        looked = (attention * is_word[..., None]).sum(dim=2)
-        penalty = ((1 - looked) ** 2).sum(dim=-1) * is_word.any(dim=-1)
+        penalty = ((1 - looked) ** 2).sum(dim=-1) * (lengths > 0)
         return CaptionLoss(cross_entropy, penalty.sum())
-
-    def logits(self, features: Tensor, input_ids: Tensor) -> Tensor:
-        """Return next-word logits (B, R, T, V) for features (B, N, C) and ids (B, R, T)."""
-        hidden, _ = self.decoder(self.projection(features), input_ids)
-        logits: Tensor = self.decoder.head(hidden)
-        return logits
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the encoder's features (B, N, C) of normalised photos (B, 3, height, width)."""

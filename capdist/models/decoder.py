@@ -5,7 +5,7 @@ Shapes: B images, R captions or beams of an image, T words, N cells, C channels,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,41 @@ class DecoderState:
     keys: Tensor
     hidden: Tensor
     cell: Tensor
+
+    def select(self, images: Tensor) -> DecoderState:
+        """Return one row for each index of `images`, with features and keys of its own."""
+        return DecoderState(*(getattr(self, field.name)[images] for field in fields(self)))
+
+    def first(self, count: int) -> DecoderState:
+        """Keep the first images."""
+        return DecoderState(*(getattr(self, field.name)[:count] for field in fields(self)))
+
+
+def by_length(lengths: Tensor) -> Tensor:
+    """Return the rows from the longest caption to the shortest, those of equal length in their order."""
+    return lengths.argsort(descending=True, stable=True)
+
+
+def words_at(lengths: Tensor) -> list[int]:
+    """Return how many captions have a first word, a second, and so on."""
+    positions = torch.arange(int(lengths.max()), device=lengths.device)
+    counts: list[int] = (lengths[None] > positions[:, None]).sum(dim=1).tolist()
+    return counts
+
+
+def pack(values: Tensor, lengths: Tensor) -> Tensor:
+    """Pick the words of captions: all first words, longest caption first, then all second words, and so on.
+
+    Args:
+        values: (rows, T).
+        lengths: (rows,) words of each row.
+
+    Returns:
+        (W,), W the sum of lengths.
+    """
+    rows = by_length(lengths)
+    positions = torch.arange(values.shape[1], device=values.device)
+    return values[rows].T[lengths[rows][None] > positions[:, None]]
 
 
 class SoftAttentionDecoder(nn.Module):
@@ -98,26 +133,31 @@ class SoftAttentionDecoder(nn.Module):
         attention, state = self._advance(self._word_gates(tokens), state)
         return self.head(self.dropout(state.hidden)), attention, state
 
-    def forward(self, features: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Read whole captions (teacher forcing).
+    def forward(self, features: Tensor, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Read whole captions (teacher forcing), longest first, so that a caption that has ended costs nothing.
 
         Args:
             features: (B, N, C).
-            input_ids: (B, R, T), starting with `<bos>`.
+            input_ids: (B·R, T), starting with `<bos>`, the captions of an image side by side.
+            lengths: (B·R,) words to read of each caption; 0 leaves a row out.
 
         Returns:
-            States (B, R, T, H) after dropout, ready for `head`, and attention (B, R, T, N).
+            States (W, H) after dropout, ready for `head`, one for each of the W words that `pack` picks and in its
+            order; and the attention that each cell of each row got from all its words, (B·R, N).
         """
+        rows = by_length(lengths)
         state = self.init_state(features)
-        rows = torch.zeros(input_ids.shape[:2], dtype=torch.long, device=input_ids.device)
-        state = self.reorder(state, rows)
-        hidden, attention = [], []
+        state = state.select(rows // (len(lengths) // len(features)))
+        # A process left without captions takes the step all the same, with no rows.
+        counts = words_at(lengths) or [0]
         # The word half of the gates does not wait for the state: all words in one product.
-        for gates in self._word_gates(input_ids).unbind(dim=2):
-            weights, state = self._advance(gates, state)
-            hidden.append(state.hidden)
-            attention.append(weights)
-        return self.dropout(torch.stack(hidden, dim=2)), torch.stack(attention, dim=2)
+        word_gates = self._word_gates(pack(input_ids, lengths)).split(counts)
+        hidden, looked = [], torch.zeros(len(lengths), features.shape[1], device=features.device)
+        for count, gates in zip(counts, word_gates, strict=True):
+            weights, state = self._advance(gates[:, None], state.first(count))
+            hidden.append(state.hidden[:, 0])
+            looked = torch.cat([looked[:count] + weights[:, 0], looked[count:]])
+        return self.dropout(torch.cat(hidden)), looked[rows.argsort()]
 
     def _word_gates(self, tokens: Tensor) -> Tensor:
         """Return the share of words in the LSTM's gates, (…, 4H), for ids (…)."""

@@ -82,5 +82,7 @@ def _check_settings(source: str, path: str | None, columns: tuple[str | None, ..
     if any(columns) and source not in _WITH_COLUMNS:
         given = ", ".join(f"'{column}'" for column in columns if column)
         raise UsageError(f"data.source {source} has no columns to choose, but {given} was given; leave it out")
+    if source == "folder" and columns[2]:
+        raise UsageError(f"data.id_column '{columns[2]}': data.source folder names images by their files; leave it out")
     if limit is not None and limit < 1:
         raise UsageError(f"data.limit is {limit}; give a number of images from 1, or null for all")

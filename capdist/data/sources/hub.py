@@ -42,8 +42,9 @@ def load(request: Request, findings: Findings) -> DatasetDict:
     first_split: dict[str, str] = {}
     for name, table in tables.items():
         reader = _Table(f"{request.path}, split {name}", name, table, request, findings)
-        images = list(reader.images(by_column))
-        rows = image_rows(table, reader.image_column, local if local.is_dir() else None, reader.where, findings)
+        folder = local if local.is_dir() else None
+        rows, unusable = image_rows(table, reader.image_column, folder, reader.where, findings)
+        images = [image for image in reader.images(by_column) if image.row not in unusable]
         for split, members in _by_split(images, first_split, reader.where, findings).items():
             parts.setdefault(split, []).append(_assemble(rows, members))
     findings.raise_mistakes()

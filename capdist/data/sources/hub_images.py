@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from capdist.data.sources.columns import find_column
 from capdist.data.sources.findings import Findings
@@ -27,25 +27,29 @@ def image_column_of(table: Dataset, asked: str | None, where: str) -> str:
     return find_column(table.column_names, asked, _IMAGE_NAMES, "data.image_column", where)
 
 
-def image_rows(table: Dataset, column: str, folder: Path | None, where: str, findings: Findings) -> Dataset:
-    """Return a table of one column `image`, `{"path", "bytes"}`, row for row that of `table`.
+def image_rows(
+    table: Dataset, column: str, folder: Path | None, where: str, findings: Findings
+) -> tuple[Dataset, set[int]]:
+    """Return a table of one column `image`, `{"path", "bytes"}`, row for row that of `table`, and rows to leave out.
 
     Args:
         table: Rows as the data set has them.
         column: The column of images: embedded, raw bytes, or names of files below `folder`.
         folder: The local folder of the data set, None for one of the hub.
         where: Data set and split, for findings.
-        findings: Takes rows without an image and paths that lead elsewhere; both are mistakes.
+        findings: Takes files that do not exist (an oddity, the row is left out), and as mistakes rows without an
+            image and paths that lead elsewhere.
     """
     from datasets import Dataset, Features, Image, Value
 
     if table.features[column] == Value("string"):
-        names = table.select_columns(column)[:][column]
-        cells = [{"path": path, "bytes": None} for path in _files(names, folder, where, findings)]
-        return Dataset.from_dict({"image": cells}, features=Features({"image": Image(decode=False)}))
-    images = table.select_columns(column).rename_column(column, "image").cast_column("image", Image(decode=False))
+        paths = _files(table.select_columns(column)[:][column], folder, where, findings)
+        cells = [path and {"path": path, "bytes": None} for path in paths]
+        files = Dataset.from_dict({"image": cells}, features=Features({"image": Image(decode=False)}))
+        return files, {row for row, path in enumerate(paths) if path is None}
+    images = table.select_columns(column).rename_columns({column: "image"}).cast_column("image", Image(decode=False))
     _check_cells(images, folder, where, findings)
-    return images
+    return images, set()
 
 
 def _files(names: Sequence[str | None], folder: Path | None, where: str, findings: Findings) -> list[str | None]:
@@ -53,30 +57,31 @@ def _files(names: Sequence[str | None], folder: Path | None, where: str, finding
         findings.mistake("the images are names of files; only a local folder can hold those", where)
         return [None] * len(names)
     photos = PhotoFolder(folder.absolute(), findings)
-    return [photos.find(str(name), f"{where}, row {row}") for row, name in enumerate(names)]
+    first_rows = {name: row for row, name in reversed(list(enumerate(names)))}
+    paths = {name: photos.find(name or "", f"{where}, row {row}") for name, row in first_rows.items()}
+    return [paths[name] for name in names]
 
 
 def _check_cells(images: Dataset, folder: Path | None, where: str, findings: Findings) -> None:
     """Refuse rows without an image, and paths that a stranger wrote into the data and that lead elsewhere."""
-    import pyarrow.compute as pc
-
-    row = 0
+    roots = tuple(_allowed_roots(folder))
+    first = 0
     for chunk in images.data.column("image").chunks:
-        embedded: list[bool] = pc.is_valid(chunk.field("bytes")).to_pylist()
-        paths: list[Any] = chunk.field("path").to_pylist()
-        for has_bytes, path in zip(embedded, paths, strict=True):
+        fields = dict(zip((field.name for field in chunk.type), chunk.flatten(), strict=True))
+        embedded: list[bool] = fields["bytes"].is_valid().to_pylist()  # looks at no byte of the images
+        paths: list[str | None] = fields["path"].to_pylist()
+        for row, (has_bytes, path) in enumerate(zip(embedded, paths, strict=True), start=first):
             if not has_bytes and not path:
                 findings.mistake("the row has no image", f"{where}, row {row}")
-            elif not has_bytes and not _is_inside(path, folder):
-                findings.mistake(f"the image is a file outside the data set: {path!r}", f"{where}, row {row}")
-            row += 1
+            elif not has_bytes and path and not os.path.realpath(path).startswith(roots):
+                findings.mistake("the image is a file outside the data set", f"{where}, row {row}: {path!r}")
+        first += len(chunk)
 
 
-def _is_inside(path: str, folder: Path | None) -> bool:
+def _allowed_roots(folder: Path | None) -> list[str]:
     """The library itself unpacks images into its caches; those and the data set's own folder are fine."""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 
     roots = [HF_HUB_CACHE, str(config.HF_DATASETS_CACHE), *([str(folder)] if folder else [])]
-    real = os.path.realpath(path)
-    return any(real.startswith(os.path.realpath(root) + os.sep) for root in roots)
+    return [os.path.realpath(root) + os.sep for root in roots]

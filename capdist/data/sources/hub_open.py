@@ -30,19 +30,20 @@ def open_splits(path: str) -> DatasetDict:
 
 def _open_folder(folder: Path) -> DatasetDict:
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
 
     saved = any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
     try:
         data = load_from_disk(str(folder)) if saved else load_dataset(str(folder))
     # The library has no root exception: scripts give RuntimeError, damaged files ArrowInvalid (a ValueError).
-    except (FileNotFoundError, ValueError, RuntimeError, KeyError, TypeError, *_build_errors()) as error:
+    except (FileNotFoundError, ValueError, RuntimeError, KeyError, TypeError, DatasetsError) as error:
         raise DataError(f"{folder}: cannot be read: {_first_line(error)}; expected {_LAYOUT}") from error
     return data if isinstance(data, DatasetDict) else DatasetDict(train=data)
 
 
 def _open_hub(name: str) -> DatasetDict:
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
     repository, _, revision = name.partition("@")
@@ -58,14 +59,8 @@ def _open_hub(name: str) -> DatasetDict:
             f"{name}: the hub cannot be reached ({_first_line(error)}): give a local folder (save_to_disk or parquet) "
             "in data.path; with the data set in the cache, HF_HUB_OFFLINE=1 uses it without asking"
         ) from error
-    except (FileNotFoundError, ValueError, RuntimeError, *_build_errors()) as error:
+    except (FileNotFoundError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(f"{name}: cannot be read: {_first_line(error)}") from error
-
-
-def _build_errors() -> tuple[type[Exception], ...]:
-    from datasets.exceptions import DatasetsError
-
-    return (DatasetsError,)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,62 @@
+"""What `capdist check` does: read a recipe's captions and photos once, and say what is wrong."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from capdist.config import Recipe
+from capdist.data.checks import Report, check_data
+from capdist.data.images import open_photo
+from capdist.data.prepared import read_source
+from capdist.errors import DataError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def check_recipe(recipe: Recipe) -> Report:
+    """Check the data of a recipe and print statistics, warnings and problems.
+
+    Args:
+        recipe: Only its `data` section matters.
+
+    Returns:
+        The report, if nothing must be mended.
+
+    Raises:
+        DataError: with one line for each problem.
+    """
+    from rich.console import Console
+    from tqdm import tqdm
+
+    loaded = read_source(recipe.data)
+    with tqdm(total=sum(map(len, loaded.splits.values())), desc="check", unit="photo") as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.update(done - bar.n)
+
+        report = check_data(loaded, decode=_decode, progress=advance)
+    console = Console(highlight=False)
+    console.print(_table(report))
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", soft_wrap=True)
+    if not report.is_clean:
+        raise DataError(*report.problems)
+    console.print("every caption and every photo can be read")
+    return report
+
+
+def _decode(image: dict[str, Any]) -> None:
+    open_photo(image).load()
+
+
+def _table(report: Report) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    columns = list(next(iter(report.statistics.values()), {}))
+    for column in ("split", *columns):
+        table.add_column(column.replace("_", " "), justify="left" if column == "split" else "right")
+    for split, statistics in report.statistics.items():
+        table.add_row(split, *(f"{statistics[column]:,.10g}" for column in columns))
+    return table

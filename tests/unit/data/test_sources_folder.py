@@ -1,0 +1,158 @@
+"""One's own photos with metadata."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from capdist.data.sources import LoadedData, load_source
+from capdist.errors import DataError, UsageError
+
+
+def _photos(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (10, 90, 20)).save(folder / name)
+
+
+def _jsonl(folder: Path, *rows: object) -> Path:
+    file = folder / "metadata.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _captions(loaded: LoadedData) -> dict[str, list[str]]:
+    return {row["image_id"]: row["captions"] for table in loaded.splits.values() for row in table}
+
+
+def _counts(loaded: LoadedData) -> dict[str, int]:
+    return {split: len(table) for split, table in loaded.splits.items()}
+
+
+def _mistakes(root: Path) -> tuple[str, ...]:
+    with pytest.raises(DataError) as caught:
+        load_source("folder", str(root))
+    return caught.value.mistakes
+
+
+def test_jsonl_with_lists_and_splits(tmp_path: Path) -> None:
+    _photos(tmp_path, "a.png", "b.png", "sub/c.png")
+    _jsonl(
+        tmp_path,
+        {"file_name": "a.png", "captions": ["A cat.", "A grey cat."], "split": "train"},
+        {"file_name": "b.png", "captions": ["A dog."], "split": "dev"},
+        {"file_name": "sub/c.png", "captions": "A cow.", "split": "test"},
+    )
+    loaded = load_source("folder", str(tmp_path))
+    assert _counts(loaded) == {"train": 1, "validation": 1, "test": 1}
+    assert _captions(loaded) == {"a.png": ["A cat.", "A grey cat."], "b.png": ["A dog."], "sub/c.png": ["A cow."]}
+    assert loaded.notes == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'file_name,caption\na.png,"A cat, grey."\na.png,Another.\n',
+        'file_name,caption_0,caption_1,caption_2\na.png,"A cat, grey.",Another.,\n',
+        'file_name,text\r\na.png,"A cat, grey."\r\na.png,Another.\r\n',
+        '\ufefffile_name,caption\na.png,"A cat, grey."\na.png,Another.\n',
+    ],
+)
+def test_csv_with_several_rows_or_columns(tmp_path: Path, text: str) -> None:
+    _photos(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text(text, newline="")
+    assert _captions(load_source("folder", str(tmp_path))) == {"a.png": ["A cat, grey.", "Another."]}
+
+
+def test_folders_for_splits(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        _photos(tmp_path / split, *(f"{number}.png" for number in range(count)))
+        _jsonl(tmp_path / split, *({"file_name": f"{number}.png", "captions": ["A cat."]} for number in range(count)))
+    loaded = load_source("folder", str(tmp_path))
+    assert _counts(loaded) == {"train": 3, "validation": 2}
+    assert loaded.splits["validation"]["image_id"][:] == ["val/0.png", "val/1.png"]
+
+
+@pytest.mark.parametrize(("count", "parts"), [(2, (2,)), (3, (1, 1, 1)), (20, (16, 2, 2))])
+def test_split_is_made_where_there_is_none(tmp_path: Path, count: int, parts: tuple[int, ...]) -> None:
+    names = [f"{number}.png" for number in range(count)]
+    _photos(tmp_path, *names)
+    _jsonl(tmp_path, *({"file_name": name, "captions": ["A cat."]} for name in names))
+    loaded = load_source("folder", str(tmp_path))
+    assert tuple(_counts(loaded).values()) == parts
+    assert loaded.notes[0].startswith("no split is given, so photos were divided by the hash of their names")
+    _jsonl(tmp_path, *({"file_name": name, "captions": ["A cat."]} for name in reversed(names)))
+    again = load_source("folder", str(tmp_path))
+    assert {k: v["image_id"][:] for k, v in again.splits.items()} == {
+        k: v["image_id"][:] for k, v in loaded.splits.items()
+    }
+
+
+def test_chosen_columns(tmp_path: Path) -> None:
+    _photos(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text("pic,said,part\na.png,A cat.,test\n")
+    loaded = load_source("folder", str(tmp_path), image_column="pic", captions_column="said", split_column="part")
+    assert _counts(loaded) == {"test": 1}
+    with pytest.raises(DataError, match="columns are pic, said, part"):
+        load_source("folder", str(tmp_path), image_column="photo")
+    with pytest.raises(DataError, match="none of the columns pic, said, part is called file_name"):
+        load_source("folder", str(tmp_path))
+    with pytest.raises(UsageError, match="data.id_column"):
+        load_source("folder", str(tmp_path), id_column="pic")
+
+
+def test_oddities_are_noted(tmp_path: Path) -> None:
+    _photos(tmp_path, "a.png", "b.png", "c.png", "silent.png")
+    _jsonl(
+        tmp_path,
+        {"file_name": "a.png", "captions": ["A cat.", ""], "split": "train"},
+        {"file_name": "b.png", "captions": [], "split": "train"},
+        {"file_name": "c.png", "captions": ["A dog."], "split": "spare"},
+        {"file_name": "gone.png", "captions": ["A dog."], "split": "train"},
+    )
+    loaded = load_source("folder", str(tmp_path))
+    assert _counts(loaded) == {"train": 1}
+    assert sorted(loaded.notes) == [
+        f"1 empty caption was left out: {tmp_path}/metadata.jsonl:1",
+        "1 image is in none of train, validation and test and was left out: c.png (spare)",
+        "1 photo named in the caption file does not exist: gone.png",
+        "2 photos have no caption and were left out: silent.png, b.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"file_name": "../x.png", "captions": ["A"]}, "no plain file name"),
+        ({"file_name": "/etc/passwd", "captions": ["A"]}, "no plain file name"),
+        ({"file_name": "link.png", "captions": ["A"]}, "leads out of"),
+        ({"file_name": "a.png", "captions": ["A"]}, "the photo has a row already"),
+        ({"file_name": "a.png", "caption": "A", "split": "test"}, "the photo is in another split"),
+        ({"file_name": 3, "captions": ["A"]}, "must be text"),
+        ({"file_name": "b.png", "captions": [3]}, "must be text"),
+        ({"file_name": "b.png"}, "no captions in the columns file_name"),
+        ({"captions": ["A"]}, "none of the columns captions is called file_name"),
+        ({"file_name": "b.png", "captions": ["a \x07 dog"]}, "control character"),
+        (["b.png"], "expected one JSON object"),
+    ],
+)
+def test_bad_row_is_named(tmp_path: Path, row: object, complaint: str) -> None:
+    root = tmp_path / "data"
+    _photos(root, "a.png", "b.png")
+    _photos(tmp_path, "x.png")
+    (root / "link.png").symlink_to(tmp_path / "x.png")
+    file = _jsonl(root, {"file_name": "a.png", "caption": "A cat.", "split": "train"}, row)
+    (mistake,) = _mistakes(root)
+    assert mistake.startswith(f"{file}:2: ")
+    assert complaint in mistake
+
+
+def test_missing_or_doubtful_metadata(tmp_path: Path) -> None:
+    assert "no metadata.jsonl or metadata.csv" in _mistakes(tmp_path)[0]
+    _jsonl(tmp_path)
+    assert "no image with captions" in _mistakes(tmp_path)[0]
+    (tmp_path / "metadata.csv").write_text("file_name,caption\n")
+    assert "keep one of them" in _mistakes(tmp_path)[0]

@@ -1,0 +1,277 @@
+"""How a program ends: its exit code, its last words, and who hears them."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capdist import errors
+from capdist.errors import (
+    CapdistError,
+    CheckpointError,
+    DataError,
+    NumericsError,
+    ProcessError,
+    Stopped,
+    StorageError,
+    UsageError,
+    nearest,
+    run_program,
+)
+
+PROMISED = {
+    UsageError: 2,
+    DataError: 3,
+    CheckpointError: 4,
+    StorageError: 5,
+    NumericsError: 6,
+    ProcessError: 7,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAPDIST_EXIT_FOLDER", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def _raiser(error: BaseException) -> Callable[[], None]:
+    def program() -> None:
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize("result", [None, 0, 3, "text", False])
+def test_returning_is_success(result: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(lambda: result) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("error_class", "code"), PROMISED.items())
+def test_expected_errors_print_one_line_a_mistake(
+    error_class: type[CapdistError], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(_raiser(error_class("a.yaml:3: wrong", "größe: wrong too"))) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "capdist: error: a.yaml:3: wrong\ncapdist: error: größe: wrong too\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
+def test_signals_end_with_the_codes_of_shells(number: int, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(_raiser(Stopped(number, "stopped; repeat with --resume"))) == code
+    assert capsys.readouterr().err == "capdist: error: stopped; repeat with --resume\n"
+
+
+def test_a_signal_does_not_change_the_code_of_the_next() -> None:
+    first, second = Stopped(2, "a"), Stopped(15, "b")
+    assert (first.exit_code, second.exit_code) == (130, 143)
+
+
+def test_every_class_has_a_code_of_its_own() -> None:
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, CapdistError)]
+    codes = {c: c.exit_code for c in classes if c not in (CapdistError, Stopped)}
+    assert codes == PROMISED
+
+
+def test_a_subclass_keeps_the_code_of_its_kind() -> None:
+    class BrokenPhotoError(DataError):
+        pass
+
+    assert run_program(_raiser(BrokenPhotoError("x"))) == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS])
+def test_full_disks_and_permissions_are_no_bug(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(_raiser(OSError(number, os.strerror(number), "/runs/x"))) == 5
+    err = capsys.readouterr().err
+    assert err.startswith(f"capdist: error: /runs/x: {os.strerror(number)}; ")
+    assert err.count("\n") == 1
+
+
+def test_a_full_disk_without_a_file_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(_raiser(OSError(errno.ENOSPC, "No space left on device"))) == 5
+    assert capsys.readouterr().err.startswith("capdist: error: input/output: No space left on device; ")
+
+
+def test_a_really_full_device(capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    assert run_program(lambda: Path("/dev/full").write_text("x")) == 5
+    assert "No space left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("ours"),
+        AssertionError("ours"),
+        KeyError("ours"),
+        RecursionError("ours"),
+        MemoryError("ours"),
+        OSError("ours"),
+        OSError(errno.ENOENT, "ours"),
+        CapdistError("ours"),
+    ],
+    ids=repr,
+)
+def test_everything_else_is_our_bug_and_shows_its_traceback(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(_raiser(error)) == 1
+    err = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in err
+    assert "in program" in err
+    assert type(error).__name__ in err
+    assert "ours" in err
+
+
+def test_control_c(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_program(_raiser(KeyboardInterrupt())) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("capdist: error: interrupted")
+    assert "Traceback" not in err
+
+
+def test_a_program_that_exits_by_itself_is_let_go() -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_program(_raiser(SystemExit(9)))
+    assert caught.value.code == 9
+
+
+@pytest.mark.parametrize("error", [UsageError("a", "b"), OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=repr)
+def test_debug_adds_the_traceback_and_leaves_the_last_words_last(
+    error: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain_code = run_program(_raiser(error))
+    plain = capsys.readouterr().err
+    assert "Traceback" not in plain
+    assert run_program(_raiser(error), debug=True) == plain_code
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback (most recent call last)")
+    assert err.endswith(plain)
+
+
+PROGRAM = """
+import sys
+from capdist.errors import DataError, run_program
+
+def program():
+    print("result")
+    raise DataError("mistake")
+
+sys.exit(run_program(program))
+"""
+
+
+def test_messages_come_after_what_was_printed() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert (done.returncode, done.stdout) == (3, "result\ncapdist: error: mistake\n")
+
+
+def test_a_message_is_not_lost_when_standard_output_is_full() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert "capdist: error: mistake" in done.stderr
+
+
+# --- the parent's folder --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UsageError("a", "größe"), {"code": 2, "mistakes": ["a", "größe"]}),
+        (DataError("photo \udcff.jpg"), {"code": 3, "mistakes": ["photo \udcff.jpg"]}),
+        (Stopped(15, "stopped"), {"code": 143, "mistakes": ["stopped"]}),
+        (ValueError("bug"), {"code": 1, "mistakes": []}),
+    ],
+    ids=["usage", "surrogate", "signal", "bug"],
+)
+def test_under_a_parent_the_end_is_written_not_printed(
+    error: Exception,
+    expected: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CAPDIST_EXIT_FOLDER", str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    assert run_program(_raiser(error)) == expected["code"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rank_3"]
+    assert json.loads((tmp_path / "rank_3").read_bytes()) == expected
+    err = capsys.readouterr().err
+    assert "capdist: error" not in err
+    assert ("Traceback" in err) == (expected["code"] == 1)
+
+
+def test_under_a_parent_success_leaves_nothing_and_rank_0_is_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPDIST_EXIT_FOLDER", str(tmp_path))
+    assert run_program(lambda: None) == 0
+    assert not list(tmp_path.iterdir())
+    assert run_program(_raiser(NumericsError("loss is nan"))) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["rank_0"]
+
+
+@pytest.mark.parametrize("folder", ["gone", ""])
+def test_a_parent_that_cannot_be_reached_loses_nothing(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CAPDIST_EXIT_FOLDER", str(tmp_path / folder / "x") if folder else "")
+    assert run_program(_raiser(ProcessError("rank 1 died"))) == 7
+    assert capsys.readouterr().err == "capdist: error: rank 1 died\n"
+
+
+# --- the errors themselves ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error_class", PROMISED)
+@pytest.mark.parametrize("mistakes", [(), ("a",), ("a", "b: 3")])
+def test_errors_travel_between_processes(error_class: type[CapdistError], mistakes: tuple[str, ...]) -> None:
+    error = error_class(*mistakes)
+    assert str(error) == "\n".join(mistakes)
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(again) is error_class
+        assert again.mistakes == mistakes
+        assert str(again) == str(error)
+
+
+def _distance(a: str, b: str) -> int:
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        previous, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
+    return row[-1]
+
+
+KNOWN = ["resnet18", "scenes", "flickr8k", "karpathy", "hub", "folder"]
+
+
+@pytest.mark.parametrize("name", ["scene", "sceens", "flickr30k", "Folder", "foldr", "karpaty", "hubb"])
+def test_nearest_suggests_the_closest(name: str) -> None:
+    closest = min(KNOWN, key=lambda known: _distance(name, known))
+    assert nearest(name, KNOWN) == f"; did you mean '{closest}'?"
+
+
+@pytest.mark.parametrize("name", ["", "zzzz", "Ω"])
+def test_nearest_lists_all_when_nothing_is_close(name: str) -> None:
+    assert nearest(name, iter(KNOWN)) == "; known: flickr8k, folder, hub, karpathy, resnet18, scenes"
