@@ -6,6 +6,7 @@ declared here is a mistake, and all mistakes of a recipe are reported together, 
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,9 @@ Name = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """One section of a recipe: frozen, strict about types, closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class RunSection(Section):
@@ -237,7 +240,7 @@ class Recipe(Section):
 
     def save(self, path: Path) -> None:
         """Write the resolved recipe as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        path.write_text(yaml.dump(self.to_dict(), Dumper=_RecipeDumper, sort_keys=False), encoding="utf-8")
 
 
 def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
@@ -282,6 +285,19 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+_UNREADABLE_VALUE = (ValueError, KeyError, AttributeError, RecursionError)
+
+
+class _RecipeDumper(yaml.SafeDumper):
+    """Quotes every text that `_RecipeLoader` would read as something else."""
+
+
+_RecipeDumper.yaml_implicit_resolvers = {
+    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _RecipeLoader.yaml_implicit_resolvers.get(first, [])
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_RecipeLoader.yaml_implicit_resolvers}
+}
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply overrides, check everything.
 
@@ -309,7 +325,7 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str) -> Recipe:
     Raises:
         UsageError: with one line for each mistake.
     """
-    return _validate({name: dict(section) for name, section in values.items()}, {}, origin, [])
+    return _validate(values, {}, origin, [])
 
 
 Places = dict[tuple[str, ...], str]
@@ -322,6 +338,10 @@ def _read_yaml(path: Path, mistakes: list[str]) -> tuple[dict[str, Any], Places]
         raise UsageError(f"{path}: no such recipe file; the shipped ones are in configs/") from None
     except IsADirectoryError:
         raise UsageError(f"{path}: is a folder; --config takes a YAML file") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise
+        raise UsageError(f"{path}: {error.strerror}; --config takes a YAML file") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: byte {error.start} is not UTF-8; save the recipe as UTF-8") from None
     try:
@@ -332,7 +352,10 @@ def _read_yaml(path: Path, mistakes: list[str]) -> tuple[dict[str, Any], Places]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise UsageError(f"{path}{line}: not YAML: {problem}") from None
+    except _UNREADABLE_VALUE as error:
+        raise UsageError(f"{path}: not YAML that a recipe needs: {type(error).__name__}: {error}") from None
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
@@ -378,7 +401,7 @@ def _apply_override(values: dict[str, Any], places: Places, override: str, mista
         return
     try:
         value = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, *_UNREADABLE_VALUE):
         value = text
     section = values.setdefault(parts[0], {})
     if section is None:
@@ -386,6 +409,7 @@ def _apply_override(values: dict[str, Any], places: Places, override: str, mista
     if isinstance(section, dict):
         section[parts[1]] = value
         places[parts] = "command line"
+        places.setdefault(parts[:1], "command line")
 
 
 def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: list[str]) -> Recipe:

@@ -133,6 +133,7 @@ def _tell(code: int, mistakes: tuple[str, ...]) -> None:
         with contextlib.suppress(OSError):
             Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(end)
             return
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     for mistake in mistakes:
         print(f"capdist: error: {mistake}", file=sys.stderr)  # noqa: T201

@@ -18,7 +18,7 @@ from capdist.config import Recipe, load_recipe
 from capdist.errors import run_program
 
 # Before torch is loaded: threads that wait for each other sleep instead of spinning, which on a machine that also does
-# other work is several times faster and on a quiet one makes no difference that could be measured.
+# other work is several times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -140,8 +140,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         CapdistError: the class says what kind of thing went wrong.
     """
     arguments = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s")  # warnings of libraries; launch decides who says capdist's own
     return train(load_recipe(arguments.config, arguments.overrides), resume=arguments.resume)
 
 

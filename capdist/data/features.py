@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from capdist.errors import DataError
+
 
 class FeatureStore:
     """Features (I, N, C) in float16, one row an image. Memory-mapped: processes share one copy, the system evicts it.
@@ -52,6 +54,13 @@ def writable(path: Path) -> NDArray[np.float16]:
     return np.lib.format.open_memmap(path, mode="r+")
 
 
+def _read(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
 def store_key(
     settings: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], photos: Sequence[Mapping[str, Any]]
 ) -> str:
@@ -67,6 +76,6 @@ def store_key(
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     for photo in photos:
-        data = photo["bytes"] if photo["bytes"] is not None else Path(photo["path"]).read_bytes()
+        data = photo["bytes"] if photo["bytes"] is not None else _read(photo["path"])
         digest.update(hashlib.blake2b(data, digest_size=16).digest())
     return digest.hexdigest()[:24]

@@ -6,13 +6,14 @@ Shapes: S pixels a side. Photos stay uint8 until they are on the device.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -109,12 +110,14 @@ def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Im
     name = image.get("path") or "image"
     data = image.get("bytes")
     try:
+        if data is None and os.path.exists(name) and not os.path.isfile(name):
+            raise DataError(f"{name}: not a file")
         with Image.open(io.BytesIO(data) if data is not None else name, formats=FORMATS) as photo:
             if photo.width * photo.height > MAX_PIXELS:
                 raise DataError(f"{name}: {photo.width}x{photo.height} pixels; photos of up to {MAX_PIXELS:,} are read")
             if smallest_side is not None:
                 photo.draft("RGB", (2 * smallest_side, 2 * smallest_side))
-            return _to_rgb(ImageOps.exif_transpose(photo))
+            return _to_rgb(_upright(photo))
     except FileNotFoundError:
         raise DataError(f"{name}: no such photo") from None
     except Image.DecompressionBombError as error:
@@ -128,13 +131,35 @@ def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Im
         ) from None
 
 
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(photo: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it writes all of the EXIF anew, and fails on damage in tags that nobody needs.
+    orientation = photo.getexif().get(0x0112)
+    method = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
+    return photo if method is None else photo.transpose(method)
+
+
 def _to_rgb(photo: Image.Image) -> Image.Image:
+    if photo.mode.startswith("I;16") or photo.mode == "I":
+        grey = Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8))
+        transparent = photo.info.get("transparency")
+        if transparent is not None:
+            grey.putalpha(Image.fromarray(np.where(np.asarray(photo) == transparent, 0, 255).astype(np.uint8)))
+        photo = grey
     if photo.mode in ("RGBA", "LA", "PA") or "transparency" in photo.info:
         # Product photos are often cut out: what shows through is white, not the black that a plain conversion gives.
         photo = photo.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
-    if photo.mode.startswith("I;16") or photo.mode == "I":
-        return Image.fromarray((np.asarray(photo) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     return photo.convert("RGB")
 
 

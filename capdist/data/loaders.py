@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from capdist.data.batches import (
     collate_photos,
 )
 from capdist.data.captions import CaptionTable, seed_of
-from capdist.errors import DataError, UsageError
+from capdist.errors import DataError, ProcessError
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +179,6 @@ def _good(loader: DataLoader[Any]) -> Iterator[Any]:
                 raise batch
             yield batch
     except RuntimeError as error:
-        if "DataLoader worker" in str(error) and "killed" in str(error):
-            raise UsageError(f"{error}; if memory ran out, lower data.num_workers or data.batch_size") from None
+        if re.search("DataLoader worker.*(killed|exited unexpectedly)", str(error)):
+            raise ProcessError(f"{error}; if memory ran out, lower data.num_workers or data.batch_size") from None
         raise

@@ -14,7 +14,7 @@ from typing import Any
 
 TOKENIZER = "spacy.blank(en), NFC, lower case, hyphens kept, tokens without letter or digit dropped"
 
-_MOST_CHARACTERS = 10_000  # far beyond any caption; spaCy refuses a million, and a stray book must not take minutes
+_MOST_CHARACTERS = 2_000  # far beyond any caption; spaCy refuses a million, and a stray book must not take minutes
 
 
 @cache
@@ -39,7 +39,7 @@ def tokenize(captions: Iterable[str]) -> list[list[str]]:
         One list of lower-case words a caption, empty for a caption without any word.
     """
     tokenizer = _spacy_tokenizer()
-    texts = (unicodedata.normalize("NFC", caption).lower()[:_MOST_CHARACTERS] for caption in captions)
+    texts = (unicodedata.normalize("NFC", caption.lower())[:_MOST_CHARACTERS] for caption in captions)
     return [[t.text for t in tokenizer(text) if any(map(str.isalnum, t.text))] for text in texts]
 
 
@@ -47,6 +47,6 @@ def detokenize(words: Sequence[str]) -> str:
     """Join words into a caption: `the dog 's ball` is `the dog's ball`."""
     text = ""
     for word in words:
-        clings = word == "n't" or word.startswith(("'", "’"))
+        clings = word in ("n't", "n’t") or word.startswith(("'", "’"))
         text += word if clings or not text else f" {word}"
     return text

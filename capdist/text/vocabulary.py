@@ -90,6 +90,7 @@ class Vocabulary:
             words, tokenizer = values["words"], values["tokenizer"]
             if tuple(words[:4]) != SPECIALS:
                 raise ValueError(f"the first words are {words[:4]}")
+            "".join(words).encode()  # each word is text that can be written
             vocabulary = cls(words[4:])
         except FileNotFoundError:
             raise CheckpointError(f"{path}: missing; the vocabulary belongs beside the weights") from None

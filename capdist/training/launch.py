@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,8 @@ def build_accelerator(recipe: Recipe | None = None, *, threads: int | None = Non
             raise
         raise UsageError(f"training.mixed_precision: {error}; use bf16 or no") from None
     check_world(accelerator)
+    # What is said to the user is said once.
+    logging.getLogger("capdist").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, _processors() // local_processes))
     # Attention weights and Adam's second moments decay into denormals, on which processors are ten times slower.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch import nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch, CaptionDataset, Collator
@@ -39,7 +40,7 @@ from capdist.training.step import StepReport, TrainStep
 from capdist.training.stopping import StopSignals
 from capdist.training.tracking import Tracking
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -178,7 +179,7 @@ class Loop:
         self.model.train()
         batches = self._batches()
         meter = self._new_meter()
-        with tqdm(
+        with logging_redirect_tqdm(), tqdm(
             total=self.total_steps, initial=self.state.step, desc="train", unit="step",
             disable=not self.accelerator.is_main_process,
         ) as progress:  # fmt: skip

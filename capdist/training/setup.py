@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 
 from capdist import __version__
 from capdist.config import Recipe
@@ -20,7 +20,7 @@ from capdist.training.checkpoints import Identity
 from capdist.training.launch import from_main
 from capdist.training.tracking import LOG
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def refuse_to_overwrite(folder: Path, accelerator: Accelerator) -> None:

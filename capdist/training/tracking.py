@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping
@@ -11,12 +12,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 
 from capdist.config import Recipe
 
 LOG = "log.jsonl"
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Tracking:

@@ -17,7 +17,7 @@ from capdist.data.batches import CaptionBatch, CaptionDataset, PhotoDataset, Sam
 from capdist.data.captions import CaptionTable
 from capdist.data.images import Preprocessing
 from capdist.data.loaders import Plan, photo_batches, training_batches
-from capdist.errors import DataError, UsageError
+from capdist.errors import DataError, ProcessError
 from capdist.text.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary([f"w{i}" for i in range(40)])
@@ -274,7 +274,7 @@ class _DeadlyPhotos(list[dict[str, object]]):
 
 def test_a_killed_worker_is_explained() -> None:
     dataset = PhotoDataset(_DeadlyPhotos([{}] * 4), Preprocessing(4, (0.5,) * 3, (0.5,) * 3))
-    with pytest.raises(UsageError, match=r"data\.num_workers"):
+    with pytest.raises(ProcessError, match=r"data\.num_workers"):
         list(photo_batches(dataset, range(4), batch_size=1, num_workers=1, pin_memory=False))
 
 
