@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,10 @@ def train(context: typer.Context) -> None:
 @app.command()
 def evaluate(
     model: Model,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="data.key=value", help="columns and the like, as in a recipe")
+    ] = None,
+    *,
     source: Annotated[str, typer.Option(help="scenes, flickr8k, karpathy, hub or folder")],
     path: Annotated[str | None, typer.Option(help="folder or file of the source, or a data set id")] = None,
     split: Annotated[str, typer.Option(help="train, validation (dev) or test")] = "test",
@@ -76,6 +81,7 @@ def evaluate(
         batch_size=batch_size,
         num_workers=num_workers,
         output=output,
+        overrides=overrides or (),
     )
 
 
@@ -104,7 +110,13 @@ def caption(
         typer.echo(json.dumps(line, ensure_ascii=False) if as_json else f"{photo}: {result.text}")
         if attention is not None and result.attention is not None:
             picture = open_photo({"path": str(photo), "bytes": None})
-            save_attention(picture, result.words, result.attention, attention / f"{photo.stem}.png")
+            save_attention(picture, result.words, result.attention, _new_file(attention, f"{photo.stem}_attention"))
+
+
+def _new_file(folder: Path, name: str) -> Path:
+    """Return a PNG path that nothing has yet: two photos may share a name, and nothing of the user is overwritten."""
+    names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(path for path in (folder / f"{n}.png" for n in names) if not path.exists())
 
 
 @app.command()

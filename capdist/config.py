@@ -6,6 +6,7 @@ declared here is a mistake, and all mistakes of a recipe are reported together, 
 
 from __future__ import annotations
 
+import copy
 import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,8 +49,8 @@ class RunSection(Section):
 class DataSection(Section):
     """Which photos and captions, and how they reach the model."""
 
-    source: Name = "scenes"
-    """`scenes`, `flickr8k`, `karpathy`, `hub` or `folder`."""
+    source: Literal["scenes", "flickr8k", "karpathy", "hub", "folder"] = "scenes"
+    """Where captioned photos come from; `scenes` are drawn and need nothing."""
     path: str | None = None
     """Folder or file of the source, or a Hugging Face data set id; `scenes` needs none."""
     image_size: Annotated[int, Field(ge=32, le=2048)] = 224
@@ -150,7 +151,7 @@ class TrainingSection(Section):
     schedule: Literal["constant", "cosine"] = "cosine"
     """Rate after warm-up: as it is, or down to zero along half a cosine."""
     warmup_steps: NotNegative = 0
-    """Steps over which the rate grows from zero."""
+    """Steps over which the rate grows from zero; a run that ends before is all warm-up."""
     accumulation: Positive = 1
     """Micro-batches of each process in one optimizer step."""
     clip_norm: Annotated[float, Field(gt=0)] | None = 5.0
@@ -257,13 +258,8 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
         )
     if data.source != "scenes" and data.path is None:
         yield f"data.path: missing; data.source={data.source} needs a folder (data.path=/where/it/is)"
-    if encoder.weights == "none" and encoder.trainable_from is None and encoder.name.startswith("timm/"):
-        yield "encoder.weights: none with a frozen encoder is noise; give weights, or encoder.trainable_from=all"
     if encoder.trainable_from is None and recipe.training.encoder_learning_rate is not None:
         yield "training.encoder_learning_rate: the encoder is frozen; set encoder.trainable_from, or drop this key"
-    steps = recipe.training.max_steps
-    if steps is not None and recipe.training.warmup_steps >= steps:
-        yield f"training.warmup_steps: {recipe.training.warmup_steps} must be fewer than training.max_steps = {steps}"
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -315,17 +311,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return _validate(values, places, str(path), mistakes)
 
 
-def recipe_from_dict(values: Mapping[str, Any], origin: str) -> Recipe:
-    """Check values that are not from a recipe file, such as those of a checkpoint.
+def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check values that are not from a recipe file.
 
     Args:
         values: By section and key.
         origin: Where they come from, for messages.
+        overrides: `section.key=value`, values written as in YAML.
 
     Raises:
         UsageError: with one line for each mistake.
     """
-    return _validate(values, {}, origin, [])
+    mistakes: list[str] = []
+    places: Places = {}
+    if not overrides:
+        return _validate(values, places, origin, mistakes)
+    changed = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply_override(changed, places, override, mistakes)
+    return _validate(changed, places, origin, mistakes)
 
 
 Places = dict[tuple[str, ...], str]
@@ -420,12 +424,31 @@ def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: 
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         mistakes += [_explain(details, places, origin) for details in error.errors(include_url=False)]
+        wrong = [tuple(map(str, details["loc"]))[:2] for details in error.errors(include_url=False)]
+        mistakes += [_with_place(m, places, origin) for m in _mistakes_of_the_rest(values, wrong)]
     except UsageError as error:
         mistakes += [_with_place(mistake, places, origin) for mistake in error.mistakes]
     if mistakes:
         raise UsageError(*mistakes)
     assert recipe is not None
     return recipe
+
+
+def _mistakes_of_the_rest(values: Mapping[str, Any], wrong: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return what keys get wrong together although others are wrong by themselves, so that all is told at once."""
+    rest = {name: dict(section) for name, section in values.items() if isinstance(section, dict)}
+    for section, *key in wrong:
+        if key:
+            rest.get(section, {}).pop(key[0], None)
+        else:
+            rest.pop(section, None)
+    try:
+        Recipe.model_validate(rest)
+    except UsageError as error:
+        return [mistake for mistake in error.mistakes if tuple(mistake.partition(":")[0].split(".")) not in wrong]
+    except ValidationError:
+        pass
+    return []
 
 
 def _with_place(mistake: str, places: Places, origin: str) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -17,7 +18,10 @@ from pathlib import Path
 EXIT_FOLDER_VARIABLE = "CAPDIST_EXIT_FOLDER"
 """Names the folder in which processes leave how they ended for the parent that `capdist train` is."""
 
-_STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_STORAGE_ERRORS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.EIO,
+}  # fmt: skip
 
 
 class CapdistError(Exception):
@@ -30,8 +34,11 @@ class CapdistError(Exception):
     exit_code = 1
 
     def __init__(self, *mistakes: str) -> None:
-        super().__init__("\n".join(mistakes))
+        super().__init__(*mistakes)
         self.mistakes = mistakes
+
+    def __str__(self) -> str:
+        return "\n".join(self.mistakes)
 
 
 class UsageError(CapdistError):
@@ -82,6 +89,9 @@ class Stopped(CapdistError):
         super().__init__(mistake)
         self.exit_code = 128 + signal_number
 
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, str]]:
+        return Stopped, (self.exit_code - 128, self.mistakes[0])
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name most like `name`, else the list of all known names."""
@@ -119,17 +129,25 @@ def _classify(error: BaseException) -> tuple[int, tuple[str, ...]]:
         return error.exit_code, error.mistakes
     if isinstance(error, KeyboardInterrupt):
         return 130, ("interrupted before there was anything to save",)
-    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
-        what = error.filename or "input/output"
-        return StorageError.exit_code, (f"{what}: {error.strerror}; free space or fix the permission, then repeat",)
+    number = error.errno if isinstance(error, OSError) else _foreign_errno(error)
+    if number in _STORAGE_ERRORS:
+        what = getattr(error, "filename", None) or "input/output"
+        reason = os.strerror(number)
+        return StorageError.exit_code, (f"{what}: {reason}; free space or fix path and permission, then repeat",)
     return 1, ()
+
+
+def _foreign_errno(error: BaseException) -> int | None:
+    """Return the errno that libraries written in Rust, such as safetensors, put into the text of their errors."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
 
 
 def _tell(code: int, mistakes: tuple[str, ...]) -> None:
     """Print the mistakes, or leave them to the parent that prints those of all processes once."""
     folder = os.environ.get(EXIT_FOLDER_VARIABLE)
     if folder:
-        end = json.dumps({"code": code, "mistakes": mistakes})
+        end = json.dumps({"code": code, "mistakes": mistakes, "processes": int(os.environ.get("WORLD_SIZE", "1"))})
         with contextlib.suppress(OSError):
             Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(end)
             return

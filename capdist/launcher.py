@@ -6,6 +6,7 @@ they have to say in a folder instead, and the parent says it once, last.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError
+from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped
 
+PLACE_FILE = "accelerate_config.yaml"
 _PLACE_OPTIONS = (
     "--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
     "--mixed_precision", "--gpu_ids",
@@ -48,9 +50,9 @@ def launch_training(arguments: Sequence[str]) -> int:
     command = [sys.executable, "-m", "capdist.launcher", *_default_place(place), str(script), *what]
     with tempfile.TemporaryDirectory(prefix="capdist_") as folder:
         process = subprocess.Popen(command, env=os.environ | {EXIT_FOLDER_VARIABLE: folder}, start_new_session=True)
-        _pass_signals_on(process)
+        received = _pass_signals_on(process)
         code = process.wait()
-        return _outcome(code, Path(folder))
+        return _outcome(code, Path(folder), received)
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -70,25 +72,43 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _default_place(place: list[str]) -> list[str]:
-    shipped = Path(__file__).resolve().parents[1] / "accelerate_config.yaml"
-    if any(argument.startswith("--config_file") for argument in place) or not shipped.exists():
+    """Add the shipped file where no other is named, and `--multi_gpu`, without which it starts a single process."""
+    if any(argument.startswith("--config_file") for argument in place):
         return place
-    return ["--config_file", str(shipped), *place]
+    here = Path(__file__).resolve().parent
+    shipped = next(p for p in (here.parent / PLACE_FILE, here / PLACE_FILE) if p.exists())
+    several = any("--num_processes" in argument for argument in place) and "--multi_gpu" not in place
+    return ["--config_file", str(shipped), *place, *(["--multi_gpu"] if several and not _asks_for_one(place) else [])]
 
 
-def _pass_signals_on(process: subprocess.Popen[bytes]) -> None:
-    """Send signals to the training processes, past the launcher, which would not let them save a checkpoint."""
+def _asks_for_one(place: list[str]) -> bool:
+    words = " ".join(place).replace("=", " ").split()
+    return words[words.index("--num_processes") + 1 :][:1] == ["1"]
+
+
+def _pass_signals_on(process: subprocess.Popen[bytes]) -> list[int]:
+    """Send signals to the training processes, past the launcher, which would not let them save a checkpoint.
+
+    Returns:
+        The signals that come, in their order.
+    """
     import psutil
 
+    received: list[int] = []
+
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in psutil.Process(process.pid).children():
-            child.send_signal(number)
+        received.append(number)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = psutil.Process(process.pid).children()
+            for child in children or [psutil.Process(process.pid)]:
+                child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
+    return received
 
 
-def _outcome(launcher_code: int, folder: Path) -> int:
+def _outcome(launcher_code: int, folder: Path, received: list[int]) -> int:
     ends = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
     # When one process fails, the others may die of its absence: the reason is with the one that knew why.
     told = next((end for end in ends if end["code"] != 1), None)
@@ -96,7 +116,9 @@ def _outcome(launcher_code: int, folder: Path) -> int:
         error = CapdistError(*told["mistakes"])
         error.exit_code = told["code"]
         raise error
-    if launcher_code and not ends:
+    if launcher_code and received:
+        raise Stopped(received[0], f"stopped by signal {received[0]} before there was anything to save")
+    if launcher_code and len(ends) < (ends[0]["processes"] if ends else 1):
         raise ProcessError(
             f"a training process died without a word (launcher code {launcher_code}); most often memory ran out: "
             "lower data.batch_size or data.num_workers"

@@ -23,6 +23,7 @@ from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
 
 FORMAT = 1
+SEARCH_KEYS = ("beam_size", "length_penalty", "no_repeat_ngram", "min_length")
 CONFIG, WEIGHTS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
 
 
@@ -37,7 +38,7 @@ class TrainedModel:
         encoder: Section of the recipe.
         decoder: Section of the recipe.
         max_length: Most words it was trained to write.
-        search: Default search settings: `beam_size`, `length_penalty`, `no_repeat_ngram`, `min_length`.
+        search: Default search settings, those of `SEARCH_KEYS`.
         metrics: What it scored, with `split`; empty if nobody measured.
         digest: SHA-256 of the weights file; empty if it never was in one.
     """
@@ -60,27 +61,59 @@ def sha256(path: Path) -> str:
 
 
 def save_pretrained(trained: TrainedModel, folder: Path) -> None:
-    """Write a model folder; whoever reads `folder` meanwhile sees the old one or the new one, never a mixture."""
+    """Write a model folder, complete under another name and then renamed: `folder` never holds a mixture."""
     from safetensors.torch import save_model
 
     staging = folder.with_name(f".tmp_{folder.name}")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    save_model(trained.model, str(staging / WEIGHTS), metadata={"format": "pt"})
-    (staging / VOCABULARY).write_text(trained.vocabulary.to_json(), encoding="utf-8")
-    config = _config(trained) | {"sha256": {name: sha256(staging / name) for name in (WEIGHTS, VOCABULARY)}}
-    (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (staging / CARD).write_text(_card(trained), encoding="utf-8")
-    _swap(staging, folder)
+    try:
+        save_model(trained.model, str(staging / WEIGHTS), metadata={"format": "pt"})
+        (staging / VOCABULARY).write_text(trained.vocabulary.to_json(), encoding="utf-8")
+        config = _config(trained) | {"sha256": {name: sha256(staging / name) for name in (WEIGHTS, VOCABULARY)}}
+        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (staging / CARD).write_text(_card(trained), encoding="utf-8")
+        for path in (*staging.iterdir(), staging):
+            flush_to_disk(path)
+        _swap(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def update_metrics(trained: TrainedModel, folder: Path) -> None:
+    """Write the metrics of an existing model folder anew, leaving its weights and words alone."""
+    config = _read_config(folder / CONFIG) | {"metrics": dict(trained.metrics)}
+    for name, text in ((CARD, _card(trained)), (CONFIG, json.dumps(config, indent=2) + "\n")):
+        staging = folder / f".tmp_{name}"
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, folder / name)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _swap(staging: Path, folder: Path) -> None:
-    old = folder.with_name(f".old_{folder.name}")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(folder)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
-    os.replace(staging, folder)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".old_{folder.name}")
 
 
 def _config(trained: TrainedModel) -> dict[str, Any]:
@@ -114,7 +147,8 @@ def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
 
     folder = _find(folder_or_hub_id)
     config = _read_config(folder / CONFIG)
-    for name, expected in config["sha256"].items():
+    for name in (WEIGHTS, VOCABULARY):
+        expected = config["sha256"][name]
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; a model folder is {CONFIG}, {WEIGHTS} and {VOCABULARY}")
         found = sha256(folder / name)
@@ -130,9 +164,7 @@ def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
         preprocessing = Preprocessing(**{k: _tuple(v) for k, v in config["preprocessing"].items()})
         model = build_model(encoder, decoder, vocab_size=len(vocabulary), pad_id=vocabulary.pad_id, load_weights=False)
         load_model(model, folder / WEIGHTS)
-    except CapdistError:
-        raise
-    except (ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (CapdistError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:160]
         raise CheckpointError(f"{folder / CONFIG}: does not describe the weights beside it ({reason})") from None
     return TrainedModel(
@@ -154,6 +186,8 @@ def _tuple(value: Any) -> Any:
 
 def _find(folder_or_hub_id: str | Path) -> Path:
     folder = Path(folder_or_hub_id)
+    if not folder.exists() and _old(folder).is_dir():
+        folder = _old(folder)  # a kill between the two renames of `_swap`
     if folder.exists():
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{folder}: is not a model folder: no {CONFIG}; `<output_dir>/<name>/model` is one")
@@ -182,7 +216,12 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is not the config of a capdist model; foreign checkpoints cannot be read")
     if config["format"] != FORMAT:
         raise CheckpointError(f"{path}: has format {config['format']}, this version of capdist reads {FORMAT}")
-    if not {WEIGHTS, VOCABULARY} <= config["sha256"].keys():
+    kinds = {"sha256": dict, "preprocessing": dict, "search": dict, "metrics": dict, "max_length": int}
+    wrong = [key for key, kind in kinds.items() if not isinstance(config[key], kind)]
+    wrong += [f"search.{key}" for key in SEARCH_KEYS if not wrong and key not in config["search"]]
+    if wrong:
+        raise CheckpointError(f"{path}: {wrong[0]!r} is damaged or missing")
+    if not all(isinstance(config["sha256"].get(name), str) for name in (WEIGHTS, VOCABULARY)):
         raise CheckpointError(f"{path}: 'sha256' must list {WEIGHTS} and {VOCABULARY}")
     return config
 

@@ -86,7 +86,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     # The processes of this launch, and the folder that is theirs alone.
     accelerator = launch.build_accelerator(recipe)
     folder = recipe.run_folder
-    with launch.exclusive(folder, is_main=accelerator.is_main_process), StopSignals() as signals:
+    with launch.exclusive(folder, accelerator):
         if not resume:
             refuse_to_overwrite(folder, accelerator)
 
@@ -98,7 +98,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
         ).to(accelerator.device)
         preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
         optimizer = build_optimizer(model, recipe.training)
-        identity = identify(recipe, data, accelerator)
+        identity = identify(recipe, data, model, accelerator)
         show_start(accelerator, recipe, data, model)
 
         # A frozen encoder sees each photo once, not once an epoch.
@@ -122,11 +122,13 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
             recipe.save(folder / "config.yaml")
         tracking.log(describe_start(accelerator, recipe, identity), loop.state.step)
         try:
-            state = loop.run(tracking, signals)
+            with StopSignals() as signals:
+                state = loop.run(tracking, signals)
             scored, metrics = final_report(recipe, data, evaluator, features)
             tracking.log({"split": scored, "final": True, **metrics}, state.step, group="final")
         finally:
             tracking.close()
+        accelerator.end_training()
     return TrainResult(folder, state.step, scored, metrics)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,28 @@ def create_store(path: Path, num_images: int, num_cells: int, channels: int) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (num_images, num_cells, channels)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()
+    # Take the space now: on a full disk a write through the map would kill the process without a word.
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def writable(path: Path) -> NDArray[np.float16]:
     """Map a store file for writing."""
     return np.lib.format.open_memmap(path, mode="r+")
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors by name, as `state_dict()` gives them."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read(path: str) -> bytes:
@@ -61,9 +79,7 @@ def _read(path: str) -> bytes:
         raise DataError(f"{path}: {error.strerror}") from None
 
 
-def store_key(
-    settings: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]], photos: Sequence[Mapping[str, Any]]
-) -> str:
+def store_key(settings: Mapping[str, Any], weights: Mapping[str, Tensor], photos: Sequence[Mapping[str, Any]]) -> str:
     """Return a name that changes with anything the features depend on.
 
     Args:
@@ -72,9 +88,7 @@ def store_key(
         photos: The split's `image` column with `decode=False`; their bytes are read.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in weights:
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    digest.update(weights_digest(weights).encode())
     for photo in photos:
         data = photo["bytes"] if photo["bytes"] is not None else _read(photo["path"])
         digest.update(hashlib.blake2b(data, digest_size=16).digest())

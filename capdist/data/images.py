@@ -117,7 +117,7 @@ def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Im
                 raise DataError(f"{name}: {photo.width}x{photo.height} pixels; photos of up to {MAX_PIXELS:,} are read")
             if smallest_side is not None:
                 photo.draft("RGB", (2 * smallest_side, 2 * smallest_side))
-            return _to_rgb(_upright(photo))
+            return upright_rgb(photo)
     except FileNotFoundError:
         raise DataError(f"{name}: no such photo") from None
     except Image.DecompressionBombError as error:
@@ -140,6 +140,11 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def upright_rgb(photo: Image.Image) -> Image.Image:
+    """Turn a picture as its EXIF says and make it RGB; what is transparent becomes white."""
+    return _to_rgb(_upright(photo))
 
 
 def _upright(photo: Image.Image) -> Image.Image:

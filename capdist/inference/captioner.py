@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from capdist.data.images import open_photo
+from capdist.data.images import open_photo, upright_rgb
 from capdist.decoding import SearchOptions, search
 from capdist.errors import DataError, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained
@@ -127,9 +127,9 @@ def _open(photo: Any, smallest_side: int) -> Image.Image:
     if isinstance(photo, Tensor):
         photo = photo.cpu().numpy()
     if isinstance(photo, Image.Image):
-        return photo.convert("RGB")
+        return upright_rgb(photo)
     try:
-        return Image.fromarray(photo).convert("RGB")
+        return upright_rgb(Image.fromarray(photo))
     except (TypeError, AttributeError, ValueError, KeyError) as error:
         raise UsageError(
             f"image: {type(photo).__name__} is no photo ({error}); give a path, a PIL image or uint8 (height, width, 3)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def evaluate_folder(
     batch_size: int = 64,
     num_workers: int = 0,
     output: Path | None = None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Caption and score a split; the main process prints the table and writes `output`.
 
@@ -45,6 +47,7 @@ def evaluate_folder(
         batch_size: Images captioned at once by one process.
         num_workers: Loader processes.
         output: JSON file.
+        overrides: `data.key=value`, for example columns of a `hub` source.
 
     Returns:
         `metrics`, `settings` and `captions`.
@@ -53,7 +56,7 @@ def evaluate_folder(
         UsageError, DataError, CheckpointError: as their causes.
     """
     section = {"source": source, "path": path, "limit": limit, "num_workers": num_workers}
-    data = recipe_from_dict({"data": section}, "command line").data
+    data = recipe_from_dict({"data": section}, "command line", overrides).data
     if output is not None and not output.absolute().parent.is_dir():
         raise DataError(f"--output: {output.absolute().parent}: no such folder")
     accelerator = build_accelerator()

@@ -14,9 +14,9 @@ from capdist.data.images import open_photo
 from capdist.data.prepared import PreparedData, Split
 from capdist.inference.pictures import save_samples
 from capdist.metrics.scorer import CaptionScorer
-from capdist.model_folder import load_pretrained, save_pretrained
+from capdist.model_folder import load_pretrained, update_metrics
 from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
-from capdist.training.launch import from_main
+from capdist.training.launch import on_main
 
 NUM_SAMPLES = 8
 
@@ -42,13 +42,14 @@ def final_report(
     evaluation = evaluator.evaluate(
         trained.model.to(accelerator.device), split, features.get(name), (*FAST_METRICS, "meteor")
     )
-    if accelerator.is_main_process:
-        # safetensors reads lazily from the file that is about to be replaced: the weights are in memory by now.
-        save_pretrained(replace(trained, metrics={"split": name, **evaluation.metrics}), folder)
-        title = f"{recipe.run.name}: {name} split, beam {recipe.evaluation.beam_size}"
-        print_scores(title, evaluation.metrics, constant_baseline(data, split))
-        show_samples(split, evaluation, recipe.run_folder / "samples.png", f"{recipe.run.name}: {name} split")
-    from_main(None)
+
+    def show() -> None:
+        update_metrics(replace(trained, metrics={"split": name, **evaluation.metrics}), folder)
+        title = f"{recipe.run.name}: {name} split"
+        print_scores(f"{title}, beam {recipe.evaluation.beam_size}", evaluation.metrics, constant_baseline(data, split))
+        show_samples(split, evaluation, recipe.run_folder / "samples.png", title)
+
+    on_main(accelerator, show)
     return name, evaluation.metrics
 
 

@@ -6,7 +6,7 @@ Shapes: B images, H and W pixels, N cells of the grid, C channels.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,6 @@ class Backbone:
         channels: C.
         mean: Of each colour in 0…1, subtracted before the network.
         std: Of each colour in 0…1, divided by before the network.
-        pretrained: What fetches the weights called `DEFAULT` or by name; None where there are none.
     """
 
     network: nn.Module
@@ -157,7 +156,7 @@ def _torchvision_backbone(name: str, stage: str | None, weights: str) -> Backbon
             "timm/<name> is any of its backbones with a feature map"
         )
     full: Any = models.get_model(name, weights=None)
-    _load_weights(full, weights, lambda: _torchvision_weights(name, weights), ignore="fc.")
+    _load_weights(full, weights, lambda: _torchvision_weights(name, weights), ignore=("fc.",))
     children = OrderedDict((n, child) for n, child in full.named_children() if n not in ("avgpool", "fc"))
     if stage is not None:
         stages = [n for n in children if n.startswith("layer")]
@@ -192,9 +191,14 @@ def _timm_backbone(name: str, stage: str | None, weights: str) -> Backbone:
     if not timm.is_model(name.partition(".")[0]):
         # timm's own list is long: show near names only.
         raise UsageError(f"encoder.name: timm has no model {name!r}{_near_timm_name(name)}")
-    network: Any = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
+    try:
+        network: Any = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
+    except RuntimeError as error:  # an unknown tag behind the dot
+        raise UsageError(f"encoder.name: timm/{name}: {_first_line(error)}") from None
     config = network.pretrained_cfg
-    _load_weights(network, weights, lambda: _timm_weights(name, weights), ignore="classifier.")
+    heads = config.get("classifier") or "classifier"
+    ignore = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    _load_weights(network, weights, lambda: _timm_weights(name, weights), ignore)
     channels = _count_channels(network)
     return Backbone(network, channels, tuple(config["mean"]), tuple(config["std"]))
 
@@ -221,16 +225,22 @@ def _timm_weights(name: str, weights: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def _count_channels(network: nn.Module) -> int:
     """Run a blank photo through the network: the only question that every backbone answers the same way."""
-    feature_map = network.eval()(torch.zeros(1, 3, 64, 64))
-    if feature_map.ndim != 4 or feature_map.shape[1] < feature_map.shape[-1]:
+    try:
+        feature_map = network.eval()(torch.zeros(1, 3, 64, 64))
+        shape: Any = tuple(feature_map.shape)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        feature_map, shape = None, f"an error ({_first_line(error)})"
+    if feature_map is None or feature_map.ndim != 4 or feature_map.shape[1] < feature_map.shape[-1]:
         raise UsageError(
-            f"encoder.name: gives {tuple(feature_map.shape)} for a 64-pixel photo instead of a feature map "
+            f"encoder.name: gives {shape} for a 64-pixel photo instead of a feature map "
             "(1, channels, h, w); choose a convolutional backbone"
         )
     return int(feature_map.shape[1])
 
 
-def _load_weights(network: nn.Module, weights: str, fetch: Any, ignore: str) -> None:
+def _load_weights(
+    network: nn.Module, weights: str, fetch: Callable[[], dict[str, Tensor]], ignore: tuple[str, ...]
+) -> None:
     if weights == "none":
         return
     if Path(weights).suffix in (".pth", ".pt", ".safetensors") or Path(weights).exists():
@@ -266,7 +276,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # both readers raise classes of their own for damaged files
         raise CheckpointError(f"{path}: not a state dict of tensors ({_first_line(error)})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(
             f"{path}: not a state dict of tensors; save one with torch.save(model.state_dict(), path)"
         )
@@ -277,7 +287,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:120]
 
 
-def _load_state(network: nn.Module, state: dict[str, Tensor], origin: str, ignore: str) -> None:
+def _load_state(network: nn.Module, state: dict[str, Tensor], origin: str, ignore: tuple[str, ...]) -> None:
     expected = network.state_dict()
     # Files from before torch 0.4.1 lack this counter, which nothing here reads.
     needed = {k for k in expected if not k.startswith(ignore) and not k.endswith("num_batches_tracked")}
@@ -289,7 +299,7 @@ def _load_state(network: nn.Module, state: dict[str, Tensor], origin: str, ignor
             f"(e.g. {', '.join(missing[:2]) or '-'}), {len(foreign)} unknown "
             f"(e.g. {', '.join(foreign[:2]) or '-'}); check encoder.name"
         )
-    wrong = [k for k in needed if expected[k].shape != state[k].shape]
+    wrong = [k for k in sorted(needed) if expected[k].shape != state[k].shape]
     if wrong:
         key = wrong[0]
         raise CheckpointError(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from capdist.errors import CheckpointError
-from capdist.model_folder import sha256
+from capdist.model_folder import flush_to_disk, sha256
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -54,15 +54,19 @@ class Identity:
         recipe: As `Recipe.to_dict`.
         vocabulary: Digest of the words and their order.
         data: Digest of images and captions of the training split.
+        encoder: Digest of a frozen encoder's weights; empty if the encoder trains.
         num_processes: Processes.
+        mixed_precision: As it took effect.
         threads: Processor threads of each.
-        versions: Of the libraries that compute.
+        versions: Of what computes: libraries, machine and device.
     """
 
     recipe: dict[str, dict[str, Any]]
     vocabulary: str
     data: str
+    encoder: str
     num_processes: int
+    mixed_precision: str
     threads: int
     versions: dict[str, str]
 
@@ -72,7 +76,7 @@ FREE_KEYS = {
     ("encoder", "weights"), ("encoder", "cache"), ("training", "epochs"), ("training", "max_steps"),
     ("training", "patience"), ("training", "log_every"),
 }  # fmt: skip
-"""Recipe keys that a resumed run may change; so may all of `evaluation`, `checkpoint` and `tracking`."""
+"""Recipe keys that a resumed run may change; so may `checkpoint`, `tracking`, and `evaluation` but for `select_by`."""
 
 
 def save_checkpoint(
@@ -105,13 +109,16 @@ def save_checkpoint(
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in (*staging.iterdir(), staging):
-            _flush(path)
+            flush_to_disk(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(staging, final)
+        for path in _newest_first(folder):
+            if path.name > final.name:  # a damaged one that the run went back past; pruning must not prefer it
+                shutil.rmtree(path, ignore_errors=True)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _flush(folder)
+    flush_to_disk(folder)
     return final
 
 
@@ -199,10 +206,14 @@ def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Calla
         mistakes.append(
             f"{checkpoint}: was made by {saved.num_processes} processes, now {now.num_processes}; launch as many"
         )
+    if saved.mixed_precision != now.mixed_precision:
+        mistakes.append(f"{checkpoint}: was made in precision {saved.mixed_precision}, now {now.mixed_precision}")
     if saved.vocabulary != now.vocabulary:
         mistakes.append(f"{checkpoint}: the training captions now give another vocabulary; restore the captions")
     elif saved.data != now.data:
         mistakes.append(f"{checkpoint}: the training images or captions changed; restore them")
+    if saved.encoder != now.encoder:
+        mistakes.append(f"{checkpoint}: encoder.weights now gives other weights; name those the run began with")
     if mistakes:
         raise CheckpointError(*mistakes)
     if saved.threads != now.threads:
@@ -215,12 +226,12 @@ def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Calla
 def _recipe_differences(
     saved: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[str, str, Any, Any]]:
-    for section, values in now.items():
-        if section not in ("evaluation", "checkpoint", "tracking"):
-            for key, value in values.items():
-                before = saved.get(section, {}).get(key)
-                if before != value and (section, key) not in FREE_KEYS:
-                    yield section, key, before, value
+    for section in saved.keys() | now.keys():
+        before, after = saved.get(section, {}), now.get(section, {})
+        for key in sorted(before.keys() | after.keys()):
+            free = section in ("checkpoint", "tracking") or (section == "evaluation" and key != "select_by")
+            if before.get(key) != after.get(key) and not free and (section, key) not in FREE_KEYS:
+                yield section, key, before.get(key), after.get(key)
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -252,11 +263,3 @@ def _unflatten(tensors: dict[str, Tensor]) -> dict[int, dict[str, Tensor]]:
 def _newest_first(folder: Path) -> Iterator[Path]:
     paths = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
     yield from sorted(paths, reverse=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from capdist.data.images import Preprocessing
 from capdist.data.loaders import photo_batches
 from capdist.data.prepared import Split
 from capdist.models.caption_model import CaptionModel
-from capdist.training.launch import from_main
+from capdist.training.launch import on_main
 
 
 def encode_split(
@@ -41,10 +42,9 @@ def encode_split(
         "preprocessing": asdict(preprocessing),
         "mixed_precision": accelerator.mixed_precision,
     }
-    key = store_key(settings, model.encoder.state_dict().items(), split.photos) if accelerator.is_main_process else ""
-    key = from_main(key)
+    key = on_main(accelerator, lambda: store_key(settings, model.encoder.state_dict(), split.photos))
     path = Path(recipe.run.output_dir, ".features", f"{key}.npy")
-    if not from_main(path.exists()):
+    if not on_main(accelerator, path.exists):
         _encode(accelerator, model, preprocessing, split, recipe, path)
     return FeatureStore.open(path)
 
@@ -58,12 +58,11 @@ def _encode(
     recipe: Recipe,
     path: Path,
 ) -> None:
-    staging = path.with_suffix(".part")
+    # A name of this launch alone: another run of the same encoder may be filling its own.
+    staging = on_main(accelerator, lambda: path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part"))
     blank = torch.zeros(1, 3, preprocessing.image_size, preprocessing.image_size, device=accelerator.device)
     _, num_cells, channels = model.encode(blank).shape
-    if accelerator.is_main_process:
-        create_store(staging, len(split.photos), num_cells, channels)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: create_store(staging, len(split.photos), num_cells, channels))
     store = writable(staging)
     rows = range(accelerator.process_index, len(split.photos), accelerator.num_processes)
     batches = photo_batches(
@@ -83,6 +82,4 @@ def _encode(
             progress.update(len(batch_rows))
     store.flush()  # type: ignore[attr-defined]
     accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(staging, path)
-    accelerator.wait_for_everyone()
+    on_main(accelerator, lambda: os.replace(staging, path))

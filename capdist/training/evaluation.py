@@ -22,7 +22,7 @@ from capdist.metrics.scorer import CaptionScorer
 from capdist.models.caption_model import CaptionModel
 from capdist.text.tokenizer import detokenize
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.launch import from_main
+from capdist.training.launch import on_main
 
 FAST_METRICS = ("bleu", "rouge_l", "cider")
 """Metrics of a validation; METEOR starts a Java machine and waits for the end of the run."""
@@ -80,13 +80,13 @@ class Evaluator:
             DataError: if the split has no references, or a photo cannot be read.
         """
         captions = self.caption(model, split, features)
-        scores: dict[str, Any] = {}
-        if self.accelerator.is_main_process:
-            rows = split.scored_rows
-            scorer = CaptionScorer({split.image_ids[row]: split.references[row] for row in rows})
+
+        def score() -> dict[str, Any]:
+            scorer = CaptionScorer({split.image_ids[row]: split.references[row] for row in split.scored_rows})
             scorer.add_many(captions.items())
-            scores = scorer.compute(metrics)
-        return Evaluation(from_main(scores), captions)
+            return dict(scorer.compute(metrics))
+
+        return Evaluation(on_main(self.accelerator, score), captions)
 
     @torch.inference_mode()
     def caption(self, model: CaptionModel, split: Split, features: FeatureStore | None) -> dict[str, str]:

@@ -1,20 +1,22 @@
-"""Start: the processes, their devices and precision, and proof that they are what was asked for."""
+"""Start: the processes, their devices and precision, and what they must do together."""
 
 from __future__ import annotations
 
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
 )
@@ -47,7 +49,11 @@ def build_accelerator(recipe: Recipe | None = None, *, threads: int | None = Non
             project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
             # A plugin, because the environment overrides the plain argument. Steps drives its own accumulation.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                # The others wait while the main process scores, and METEOR takes its time.
+                InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+            ],
         )
     except ValueError as error:
         if "mixed precision" not in str(error):
@@ -78,24 +84,24 @@ def check_world(accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, *, is_main: bool) -> Iterator[None]:
+def exclusive(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold a run folder, so that two runs never write into the same one. The lock dies with the process.
 
     Raises:
         UsageError: if another process holds it.
     """
-    if not is_main:
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: _lock(folder, stack))
         yield
-        return
+
+
+def _lock(folder: Path, stack: ExitStack) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"{folder}: another run is writing there; wait for it, or choose another run.name"
-            ) from None
-        yield
+    lock = stack.enter_context((folder / ".lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{folder}: another run is writing there; wait, or choose another run.name") from None
 
 
 def _processors() -> int:
@@ -103,8 +109,23 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def from_main(value: T) -> T:
-    """Return the main process's value in every process; all must call it together."""
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Run a function in the main process only, and return its value, or raise its error, in every process.
+
+    All processes must call it together. An error that only one process knew of would leave the others waiting.
+
+    Args:
+        accelerator: Of the launch.
+        function: Its value must be picklable if there are several processes.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    value: T = outcome[0]
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -21,7 +23,7 @@ from capdist.data.images import Augmentation, Preprocessing
 from capdist.data.loaders import Plan, training_batches
 from capdist.data.prepared import PreparedData
 from capdist.errors import Stopped
-from capdist.model_folder import TrainedModel, save_pretrained
+from capdist.model_folder import SEARCH_KEYS, TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
 from capdist.training.checkpoints import (
     Identity,
@@ -34,7 +36,7 @@ from capdist.training.checkpoints import (
     save_checkpoint,
 )
 from capdist.training.evaluation import Evaluator
-from capdist.training.launch import from_main
+from capdist.training.launch import on_main
 from capdist.training.optimization import set_learning_rate
 from capdist.training.step import StepReport, TrainStep
 from capdist.training.stopping import StopSignals
@@ -104,6 +106,7 @@ class Loop:
         self.unwrapped = cast(CaptionModel, accelerator.unwrap_model(model))
         self.model = model
         self.state = TrainState()
+        self._saved_step = 0
         self.checkpoints = recipe.run_folder / "checkpoints"
         self.step = TrainStep(accelerator, model, optimizer, recipe, preprocessing, features.get("train"))
         self.plan = Plan.build(
@@ -141,15 +144,16 @@ class Loop:
         Raises:
             CheckpointError: if none is whole, or it belongs to another run.
         """
-        path = from_main(newest_checkpoint(self.checkpoints, self._warn) if self.accelerator.is_main_process else None)
+        path = on_main(self.accelerator, lambda: newest_checkpoint(self.checkpoints, logger.warning))
         if path is None:
             logger.info(f"no checkpoint in {self.checkpoints} yet: starting from the beginning")
             return
         self.state, saved = read_state(path)
-        check_identity(path, saved, self.identity, self._warn)
+        check_identity(path, saved, self.identity, logger.warning)
         load_checkpoint(path, self.unwrapped, self.optimizer)
         if self.accelerator.scaler is not None and self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
+        self._saved_step = self.state.step
         logger.info(f"resuming after step {self.state.step:,} of {self.total_steps:,} from {path}")
 
     def warm_up(self) -> None:
@@ -197,12 +201,13 @@ class Loop:
                     self._log_training(meter, tracking, progress)
                     meter = self._new_meter()
                 if self._ends_epoch(self.recipe.evaluation.every_epochs):
-                    self._validate(tracking)
-                    meter = self._new_meter()
+                    meter.start_s += self._validate(tracking)
                 if self._checkpoint_is_due() or report.stop:
                     self._save()
                 if report.stop:
                     raise self._stopped(signals)
+        if self._saved_step != self.state.step:
+            self._save()  # patience ended the run between two checkpoints
         return self.state
 
     def _batches(self) -> Iterator[CaptionBatch]:
@@ -242,11 +247,15 @@ class Loop:
             f"data wait {values['data_wait']:.0%}"
         )
 
-    def _validate(self, tracking: Tracking) -> None:
+    def _validate(self, tracking: Tracking) -> float:
+        """Score the model, keep it if it is the best so far, and return the seconds this took."""
+        started = time.perf_counter()
         if "validation" not in self.data.splits:
             self._keep_model({})  # nothing to choose by: the newest is the best
-            return
-        started = time.perf_counter()
+            return time.perf_counter() - started
+        # BatchNorm that trains has statistics of its own in each process; those of the main one are saved, so scored.
+        for buffer in self.unwrapped.buffers():
+            buffer.copy_(broadcast(buffer))
         evaluation = self.evaluator.evaluate(
             self.unwrapped, self.data.splits["validation"], self.features.get("validation")
         )
@@ -261,47 +270,36 @@ class Loop:
             self._keep_model({"split": "validation", **evaluation.metrics})
         shown = ", ".join(f"{n} {evaluation.metrics[n]:.3f}" for n in ("bleu_1", "bleu_4", "cider"))
         logger.info(f"step {self.state.step:,}: validation {shown} ({seconds:.0f} s)")
+        return time.perf_counter() - started
 
     def _keep_model(self, metrics: dict[str, Any]) -> None:
-        if self.accelerator.is_main_process:
-            save_pretrained(
-                TrainedModel(
-                    self.unwrapped,
-                    self.data.vocabulary,
-                    self.preprocessing,
-                    self.recipe.encoder,
-                    self.recipe.decoder,
-                    self.recipe.text.max_length,
-                    self.recipe.evaluation.model_dump(
-                        include={"beam_size", "length_penalty", "no_repeat_ngram", "min_length"}
-                    ),
-                    metrics,
-                ),
-                self.recipe.run_folder / "model",
-            )
-        self.accelerator.wait_for_everyone()
+        trained = TrainedModel(
+            self.unwrapped,
+            self.data.vocabulary,
+            self.preprocessing,
+            self.recipe.encoder,
+            self.recipe.decoder,
+            self.recipe.text.max_length,
+            self.recipe.evaluation.model_dump(include=set(SEARCH_KEYS)),
+            metrics,
+        )
+        on_main(self.accelerator, lambda: save_pretrained(trained, self.recipe.run_folder / "model"))
 
     def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            if self.accelerator.scaler is not None:
-                self.state.scaler = self.accelerator.scaler.state_dict()
-            save_checkpoint(
-                self.checkpoints,
-                self.unwrapped,
-                self.optimizer,
-                self.data.vocabulary.to_json(),
-                self.state,
-                self.identity,
-            )
+        if self.accelerator.scaler is not None:
+            self.state.scaler = self.accelerator.scaler.state_dict()
+        vocabulary = self.data.vocabulary.to_json()
+
+        def save() -> None:
+            save_checkpoint(self.checkpoints, self.unwrapped, self.optimizer, vocabulary, self.state, self.identity)
             prune_checkpoints(self.checkpoints, self.recipe.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, save)
+        self._saved_step = self.state.step
 
     def _stopped(self, signals: StopSignals) -> Stopped:
         # A process that heard of the signal from another one reports the usual one of schedulers.
-        number = from_main(signals.received) or signals.received or 15
+        number = on_main(self.accelerator, lambda: signals.received) or signals.received or signal.SIGTERM
         return Stopped(
             number, f"stopped by signal {number} after step {self.state.step}; checkpoint saved, --resume continues"
         )
-
-    def _warn(self, message: str) -> None:
-        logger.warning(message)

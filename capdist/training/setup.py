@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from accelerate import Accelerator
 
 from capdist import __version__
 from capdist.config import Recipe
+from capdist.data.features import weights_digest
 from capdist.data.prepared import PreparedData
 from capdist.errors import UsageError
 from capdist.models.caption_model import CaptionModel
 from capdist.training.checkpoints import Identity
-from capdist.training.launch import from_main
+from capdist.training.launch import on_main
 from capdist.training.tracking import LOG
 
 logger = logging.getLogger(__name__)
@@ -29,21 +31,23 @@ def refuse_to_overwrite(folder: Path, accelerator: Accelerator) -> None:
     Raises:
         UsageError: saying how to continue it or keep it.
     """
-    if from_main((folder / LOG).exists() if accelerator.is_main_process else None):
+    if on_main(accelerator, lambda: (folder / LOG).exists() or any(folder.glob("checkpoints/step_*"))):
         raise UsageError(
             f"{folder}: already holds a run; continue it with --resume, choose another run.name, or delete the folder"
         )
 
 
-def identify(recipe: Recipe, data: PreparedData, accelerator: Accelerator) -> Identity:
+def identify(recipe: Recipe, data: PreparedData, model: CaptionModel, accelerator: Accelerator) -> Identity:
     """Return what a checkpoint of this run will be compared with."""
     return Identity(
         recipe=recipe.to_dict(),
         vocabulary=data.vocabulary.digest,
         data=data.splits["train"].digest,
+        encoder=weights_digest(model.encoder.state_dict()) if model.encoder.is_frozen else "",
         num_processes=accelerator.num_processes,
+        mixed_precision=str(accelerator.mixed_precision),
         threads=torch.get_num_threads(),
-        versions={"torch": torch.__version__, "machine": platform.machine()},
+        versions={"torch": torch.__version__, "machine": platform.machine(), "device": accelerator.device.type},
     )
 
 
@@ -66,6 +70,8 @@ def show_start(accelerator: Accelerator, recipe: Recipe, data: PreparedData, mod
     """Tell the user what is about to run."""
     for note in data.notes:
         logger.warning(f"data: {note}")
+    for note in _idle_settings(recipe, data, model):
+        logger.warning(f"recipe: {note}")
     images = ", ".join(f"{len(split.image_ids):,} {name}" for name, split in data.splits.items())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -75,3 +81,15 @@ def show_start(accelerator: Accelerator, recipe: Recipe, data: PreparedData, mod
         f"{accelerator.num_processes} x {accelerator.device}, precision {accelerator.mixed_precision}, "
         f"{torch.get_num_threads()} threads each"
     )
+
+
+def _idle_settings(recipe: Recipe, data: PreparedData, model: CaptionModel) -> Iterator[str]:
+    """Yield settings that will do nothing, or not what they seem to."""
+    encoder, training = recipe.encoder, recipe.training
+    if model.encoder.is_frozen and encoder.weights == "none":
+        yield "encoder.weights=none with a frozen encoder: its features are random; encoder.trainable_from trains it"
+    if model.encoder.is_frozen and encoder.batch_norm == "train":
+        yield "encoder.batch_norm=train does nothing: the encoder is frozen"
+    if "validation" not in data.splits:
+        kept = "training.patience does nothing and " if training.patience else ""
+        yield f"there is no validation split: {kept}the newest model counts as the best"

@@ -17,6 +17,9 @@ from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing
 from capdist.errors import NumericsError
 
+MOST_SKIPPED_STEPS = 30
+"""Steps in a row that fp16 scaling may skip: from its start at 2^16 it is halved at each, far below any use by then."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -27,14 +30,12 @@ class StepReport:
         num_tokens: Words of the step, over all processes.
         num_captions: Captions of the step, over all processes.
         stop: Whether any process was told to stop.
-        skipped: Whether fp16 scaling found infinities and left the weights alone.
     """
 
     loss_sum: Tensor
     num_tokens: int
     num_captions: int
     stop: bool
-    skipped: bool
 
 
 class TrainStep:
@@ -63,6 +64,7 @@ class TrainStep:
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.recipe, self.preprocessing, self.features = recipe, preprocessing, features
+        self._skipped_in_a_row = 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def __call__(self, step: int, window: Sequence[CaptionBatch], stop_requested: bool = False) -> StepReport:
@@ -91,8 +93,8 @@ class TrainStep:
                 # DDP averages the gradients of the processes; this makes it their sum.
                 self.accelerator.backward(loss * (self.accelerator.num_processes / max(1, num_tokens)))
             loss_sum += loss.detach()
-        skipped = self._update(step)
-        return StepReport(loss_sum, num_tokens, num_captions, stop > 0, skipped)
+        self._update(step)
+        return StepReport(loss_sum, num_tokens, num_captions, stop > 0)
 
     def warm_up(self, batch: CaptionBatch) -> None:
         """Run two steps that change nothing.
@@ -123,7 +125,7 @@ class TrainStep:
         assert batch.images is not None
         return inputs | {"pixel_values": self.preprocessing.normalize(batch.images)}
 
-    def _update(self, step: int) -> bool:
+    def _update(self, step: int) -> None:
         limit = self.recipe.training.clip_norm
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else float("inf"))
         assert norm is not None
@@ -136,4 +138,10 @@ class TrainStep:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return scaled and bool(self.accelerator.optimizer_step_was_skipped)
+        skipped = scaled and self.accelerator.optimizer_step_was_skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row > MOST_SKIPPED_STEPS:
+            raise NumericsError(
+                f"step {step + 1}: fp16 overflowed in {self._skipped_in_a_row} steps in a row; the weights were not "
+                "changed. Use training.mixed_precision=bf16 or no, or lower training.learning_rate"
+            )

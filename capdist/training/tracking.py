@@ -68,18 +68,28 @@ class Tracking:
                 self._accelerator.trackers = []
 
     def close(self) -> None:
-        """Flush and end the trackers."""
-        try:
-            self._accelerator.end_training()
-        except Exception as error:  # as above
-            logger.warning(f"a tracker did not end well: {error}")
+        """Flush and end the trackers, without waiting for other processes: one of them may just have failed."""
+        for tracker in self._accelerator.trackers:
+            try:
+                tracker.finish()
+            except Exception as error:  # as above
+                logger.warning(f"a tracker did not end well: {error}")
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept) if step else "", encoding="utf-8")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _is_until(line, step)]
+        staging = path.with_name(f".tmp_{path.name}")
+        staging.write_text("".join(kept) if step else "", encoding="utf-8")
+        os.replace(staging, path)
+
+
+def _is_until(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _choose_wandb_mode() -> None:
@@ -89,28 +99,33 @@ def _choose_wandb_mode() -> None:
     reason = None
     if not (os.environ.get("WANDB_API_KEY") or _has_netrc_key()):
         reason = "no API key (`wandb login`)"
-    elif not _is_reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+    elif not _uses_proxy() and not _is_reachable(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
         reason = "its server cannot be reached"
     if reason is not None:
         os.environ["WANDB_MODE"] = "offline"
         logger.warning(f"wandb logs offline: {reason}; `wandb sync` sends the run later")
 
 
+def _uses_proxy() -> bool:
+    """Return whether requests go through a proxy, so that a direct connection says nothing."""
+    return any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+
+
 def _has_netrc_key() -> bool:
     import netrc
 
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
     try:
-        return host is not None and netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+        return netrc.netrc(os.environ.get("NETRC") or None).authenticators(host) is not None
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
 
 
 def _is_reachable(url: str, timeout_s: float = 3.0) -> bool:
-    parts = urlsplit(url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
+        parts = urlsplit(url)
+        port = parts.port or (80 if parts.scheme == "http" else 443)
         with socket.create_connection((parts.hostname or "", port), timeout=timeout_s):
             return True
-    except OSError:
+    except (OSError, ValueError):
         return False

@@ -27,7 +27,7 @@ def weights_after_five_steps(
     arguments += ["run.name=run", f"data.batch_size={batch_size}", f"training.accumulation={accumulation}"]
     # No dropout: masks are drawn by each process. BatchNorm frozen: its statistics are of a process's own images.
     arguments += ["decoder.dropout=0.0", "encoder.trainable_from=all", "encoder.batch_norm=frozen"]
-    arguments += ["data.captions_per_image=3", "training.max_steps=5", "training.epochs=50", "training.warmup_steps=0"]
+    arguments += ["data.captions_per_image=3", "training.max_steps=5", "training.epochs=50"]
     check_finished(launch(TRAIN, arguments, processes=processes))
     start = json.loads((folder / "run" / "log.jsonl").read_text().splitlines()[0])
     assert start["num_processes"] == processes
@@ -47,7 +47,7 @@ def test_evaluation_does_not_depend_on_processes(photos: Path, tmp_path: Path) -
     """101 images, so that two processes have an uneven share."""
     many = draw_photos(tmp_path / "many", {"test": 101})
     arguments = ["--config", "configs/scenes.yaml", *SMALL, f"data.path={photos}", f"run.output_dir={tmp_path}"]
-    arguments += ["run.name=run", "training.epochs=2", "encoder.trainable_from=all", "training.warmup_steps=0"]
+    arguments += ["run.name=run", "training.epochs=2", "encoder.trainable_from=all"]
     check_finished(launch(TRAIN, arguments))
     results = []
     for processes in (1, 2):

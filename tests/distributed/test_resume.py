@@ -82,9 +82,9 @@ def test_forgetting_one_thing_is_noticed(photos: Path, straight: Path, tmp_path:
 
 
 def test_other_number_of_processes_is_refused(photos: Path, tmp_path: Path) -> None:
-    train(photos, tmp_path, "training.max_steps=2", "training.warmup_steps=0")
+    train(photos, tmp_path, "training.max_steps=2")
     arguments = ["--config", "configs/scenes.yaml", *SMALL, *RANDOM, f"data.path={photos}", "training.max_steps=2"]
-    arguments += ["training.warmup_steps=0", f"run.output_dir={tmp_path}", "run.name=run", "--resume"]
+    arguments += [f"run.output_dir={tmp_path}", "run.name=run", "--resume"]
     result = launch(SCRIPT, arguments, processes=2)
     assert result.returncode != 0
     assert "was made by 1 processes, now 2" in result.stderr

@@ -24,7 +24,7 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     arguments = ["--config", "configs/scenes.yaml", *SMALL, f"data.path={photos}", f"run.output_dir={folder}"]
     arguments += ["run.name=small", "training.epochs=3", "training.log_every=2", "encoder.trainable_from=all"]
-    arguments += ["training.warmup_steps=0", "tracking.with=[tensorboard, wandb]"]
+    arguments += ["tracking.with=[tensorboard, wandb]"]
     result = launch(TRAIN, arguments, WANDB_MODE="offline")
     check_finished(result)
     assert "constant caption" in result.stdout
@@ -99,8 +99,8 @@ def test_caption_command(trained: Path, photos: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["image"] for row in rows] == two
     assert all(row["caption"] and row["log_probability"] < 0 for row in rows)
-    assert {path.name for path in tmp_path.iterdir()} == {"test_0000.png", "test_0001.png"}
-    assert Image.open(tmp_path / "test_0000.png").width > 200
+    assert {path.name for path in tmp_path.iterdir()} == {"test_0000_attention.png", "test_0001_attention.png"}
+    assert Image.open(tmp_path / "test_0000_attention.png").width > 200
 
 
 def test_python_interface_takes_every_kind_of_image(trained: Path, photos: Path) -> None:

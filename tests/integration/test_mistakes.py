@@ -104,7 +104,7 @@ def test_all_mistakes_of_a_recipe_at_once(tmp_path: Path, way: str) -> None:
 
 def test_an_existing_run_is_not_overwritten(photos: Path, tmp_path: Path) -> None:
     arguments = ["--config", "configs/scenes.yaml", *SMALL, f"data.path={photos}", f"run.output_dir={tmp_path}"]
-    arguments += ["training.max_steps=1", "training.warmup_steps=0"]
+    arguments += ["training.max_steps=1"]
     assert start("file", arguments).returncode == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     again = start("file", arguments)

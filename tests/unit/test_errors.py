@@ -213,9 +213,10 @@ def test_under_a_parent_the_end_is_written_not_printed(
 ) -> None:
     monkeypatch.setenv("CAPDIST_EXIT_FOLDER", str(tmp_path))
     monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "5")
     assert run_program(_raiser(error)) == expected["code"]
     assert [path.name for path in tmp_path.iterdir()] == ["rank_3"]
-    assert json.loads((tmp_path / "rank_3").read_bytes()) == expected
+    assert json.loads((tmp_path / "rank_3").read_bytes()) == expected | {"processes": 5}
     err = capsys.readouterr().err
     assert "capdist: error" not in err
     assert ("Traceback" in err) == (expected["code"] == 1)

@@ -121,7 +121,7 @@ def _key(
 ) -> str:
     return store_key(
         _settings() if settings is None else settings,
-        (_weights() if weights is None else weights).items(),
+        _weights() if weights is None else weights,
         _photos() if photos is None else photos,
     )
 
