@@ -126,8 +126,8 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Read every caption and every photo of a recipe once, and list what is wrong; exits with 3 if anything is."""
-    from capdist.config import load_recipe
     from capdist.data.check_recipe import check_recipe
+    from capdist.recipe_file import load_recipe
 
     check_recipe(load_recipe(config, overrides or ()))
 

@@ -1,23 +1,17 @@
-"""The recipe: typed, closed, checked at once.
+"""The recipe: every key of a run, typed and closed. A key that is not declared here is a mistake.
 
-A recipe is a YAML file under `configs/`; `section.key=value` on the command line overrides it. A key that is not
-declared here is a mistake, and all mistakes of a recipe are reported together, each with its file, line and key.
+A recipe is a YAML file under `configs/`; `section.key=value` on the command line overrides it: see `recipe_file`.
 """
 
 from __future__ import annotations
 
-import copy
-import errno
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from capdist.errors import UsageError, nearest
+from capdist.errors import UsageError
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -239,10 +233,6 @@ class Recipe(Section):
         """Return plain JSON types by section and key, as a recipe file spells them."""
         return self.model_dump(mode="json", by_alias=True)
 
-    def save(self, path: Path) -> None:
-        """Write the resolved recipe as YAML."""
-        path.write_text(yaml.dump(self.to_dict(), Dumper=_RecipeDumper, sort_keys=False), encoding="utf-8")
-
 
 def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
     decoder, encoder, data = recipe.decoder, recipe.encoder, recipe.data
@@ -262,224 +252,6 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
         yield "training.encoder_learning_rate: the encoder is frozen; set encoder.trainable_from, or drop this key"
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML whose numbers are those of JSON: 3e-4 is a float, 010 is not octal, and only true/false are booleans."""
-
-
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-_RecipeLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf)|\.(nan|NaN))$"),
-    list("-+.0123456789"),
-)
-
-
-_UNREADABLE_VALUE = (ValueError, KeyError, AttributeError, RecursionError)
-
-
-class _RecipeDumper(yaml.SafeDumper):
-    """Quotes every text that `_RecipeLoader` would read as something else."""
-
-
-_RecipeDumper.yaml_implicit_resolvers = {
-    first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _RecipeLoader.yaml_implicit_resolvers.get(first, [])
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_RecipeLoader.yaml_implicit_resolvers}
-}
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, apply overrides, check everything.
-
-    Args:
-        path: YAML file.
-        overrides: `section.key=value`, values written as in YAML.
-
-    Raises:
-        UsageError: with one line for each mistake in the file and the overrides.
-    """
-    mistakes: list[str] = []
-    values, places = _read_yaml(Path(path), mistakes)
-    for override in overrides:
-        _apply_override(values, places, override, mistakes)
-    return _validate(values, places, str(path), mistakes)
-
-
-def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Check values that are not from a recipe file.
-
-    Args:
-        values: By section and key.
-        origin: Where they come from, for messages.
-        overrides: `section.key=value`, values written as in YAML.
-
-    Raises:
-        UsageError: with one line for each mistake.
-    """
-    mistakes: list[str] = []
-    places: Places = {}
-    if not overrides:
-        return _validate(values, places, origin, mistakes)
-    changed = copy.deepcopy(dict(values))
-    for override in overrides:
-        _apply_override(changed, places, override, mistakes)
-    return _validate(changed, places, origin, mistakes)
-
-
-Places = dict[tuple[str, ...], str]
-
-
-def _read_yaml(path: Path, mistakes: list[str]) -> tuple[dict[str, Any], Places]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such recipe file; the shipped ones are in configs/") from None
-    except IsADirectoryError:
-        raise UsageError(f"{path}: is a folder; --config takes a YAML file") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise
-        raise UsageError(f"{path}: {error.strerror}; --config takes a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: byte {error.start} is not UTF-8; save the recipe as UTF-8") from None
-    try:
-        root = yaml.compose(text, Loader=_RecipeLoader)
-        if root is not None:
-            _refuse_anchors(root, path)
-        values = yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", error)).split())
-        raise UsageError(f"{path}{line}: not YAML: {problem}") from None
-    except _UNREADABLE_VALUE as error:
-        raise UsageError(f"{path}: not YAML that a recipe needs: {type(error).__name__}: {error}") from None
-    if values is None:
-        return {}, {}
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is sections of keys, found {_show(values)}")
-    places: Places = {}
-    assert root is not None
-    _collect_places(root, (), path, places, mistakes)
-    return values, places
-
-
-def _refuse_anchors(root: yaml.Node, path: Path) -> None:
-    """Refuse a node that stands in two places: a recipe needs no aliases, and aliases of aliases are a bomb."""
-    seen: set[int] = set()
-    stack = [root]
-    while stack:
-        node = stack.pop()
-        if id(node) in seen:
-            raise UsageError(f"{path}:{node.start_mark.line + 1}: recipes have no YAML aliases; write the value out")
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            stack.extend(child for pair in node.value for child in pair)
-        elif isinstance(node, yaml.SequenceNode):
-            stack.extend(node.value)
-
-
-def _collect_places(node: yaml.Node, above: tuple[str, ...], path: Path, places: Places, mistakes: list[str]) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key_node, value_node in node.value:
-        key = (*above, str(key_node.value))
-        place = f"{path}:{key_node.start_mark.line + 1}"
-        if key in places:
-            mistakes.append(f"{place}: {'.'.join(key)}: given twice, first at {places[key]}; keep one")
-        places[key] = place
-        _collect_places(value_node, key, path, places, mistakes)
-
-
-def _apply_override(values: dict[str, Any], places: Places, override: str, mistakes: list[str]) -> None:
-    key, equals, text = override.partition("=")
-    parts = tuple(key.strip().split("."))
-    if not equals or len(parts) != 2 or not all(parts):
-        mistakes.append(f"command line: {override!r} is not an override; write section.key=value")
-        return
-    try:
-        value = yaml.load(text, Loader=_RecipeLoader)
-    except (yaml.YAMLError, *_UNREADABLE_VALUE):
-        value = text
-    section = values.setdefault(parts[0], {})
-    if section is None:
-        section = values[parts[0]] = {}
-    if isinstance(section, dict):
-        section[parts[1]] = value
-        places[parts] = "command line"
-        places.setdefault(parts[:1], "command line")
-
-
-def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: list[str]) -> Recipe:
-    # A section header with nothing below it is an empty section, not a null.
-    values = {key: {} if value is None and key in Recipe.model_fields else value for key, value in values.items()}
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        mistakes += [_explain(details, places, origin) for details in error.errors(include_url=False)]
-        wrong = [tuple(map(str, details["loc"]))[:2] for details in error.errors(include_url=False)]
-        mistakes += [_with_place(m, places, origin) for m in _mistakes_of_the_rest(values, wrong)]
-    except UsageError as error:
-        mistakes += [_with_place(mistake, places, origin) for mistake in error.mistakes]
-    if mistakes:
-        raise UsageError(*mistakes)
-    assert recipe is not None
-    return recipe
-
-
-def _mistakes_of_the_rest(values: Mapping[str, Any], wrong: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return what keys get wrong together although others are wrong by themselves, so that all is told at once."""
-    rest = {name: dict(section) for name, section in values.items() if isinstance(section, dict)}
-    for section, *key in wrong:
-        if key:
-            rest.get(section, {}).pop(key[0], None)
-        else:
-            rest.pop(section, None)
-    try:
-        Recipe.model_validate(rest)
-    except UsageError as error:
-        return [mistake for mistake in error.mistakes if tuple(mistake.partition(":")[0].split(".")) not in wrong]
-    except ValidationError:
-        pass
-    return []
-
-
-def _with_place(mistake: str, places: Places, origin: str) -> str:
-    key = tuple(mistake.partition(":")[0].split("."))
-    return f"{places.get(key, origin)}: {mistake}"
-
-
-def _explain(details: ErrorDetails, places: Places, origin: str) -> str:
-    location = tuple(str(part) for part in details["loc"])
-    key = location[:2]
-    place = places.get(key) or places.get(key[:1]) or origin
-    name = ".".join(key)
-    if details["type"] == "extra_forbidden":
-        return f"{place}: {name}: unknown key{_suggest(key)}"
-    if details["type"] == "model_type":
-        return f"{place}: {name}: expected a section of keys, found {_show(details['input'])}"
-    return f"{place}: {name}: {_reason(details)}, found {_show(details['input'])}"
-
-
-def _suggest(key: tuple[str, ...]) -> str:
-    if len(key) == 1:
-        return nearest(key[0], Recipe.model_fields)
-    names = {f"{section}.{name}" for section, name in recipe_keys()}
-    own = [name.partition(".")[2] for name in names if name.startswith(f"{key[0]}.")]
-    suggestion = nearest(key[1], own)
-    if "did you mean" in suggestion:
-        return suggestion.replace("did you mean '", f"did you mean '{key[0]}.")
-    elsewhere = sorted(name for name in names if name.endswith(f".{key[1]}"))
-    return f"; did you mean '{elsewhere[0]}'?" if elsewhere else suggestion
-
-
 def recipe_keys() -> Iterable[tuple[str, str]]:
     """Yield every (section, key) that a recipe may hold."""
     for section, field in Recipe.model_fields.items():
@@ -487,16 +259,3 @@ def recipe_keys() -> Iterable[tuple[str, str]]:
         assert issubclass(field.annotation, Section)
         for name, inner in field.annotation.model_fields.items():
             yield section, inner.alias or name
-
-
-def _reason(details: ErrorDetails) -> str:
-    message = details["msg"]
-    message = message.removeprefix("Input should be ").removeprefix("a valid ")
-    message = re.sub(r"^String should match pattern .*", "letters, digits, '.', '-' and '_' only", message)
-    message = re.sub(r"^String should have at least 1 character$", "some text", message)
-    return f"must be {message}"
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -40,7 +40,7 @@ def launch_training(arguments: Sequence[str]) -> int:
         UsageError: for mistakes in the recipe, before anything is started.
         CapdistError: with what the training processes had to say and their exit code.
     """
-    from capdist.config import load_recipe
+    from capdist.recipe_file import load_recipe
     from capdist.train import parse_arguments
 
     place, what = _split(arguments)

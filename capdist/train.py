@@ -14,8 +14,9 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file: this folder must not be where imports are looked up first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from capdist.config import Recipe, load_recipe
+from capdist.config import Recipe
 from capdist.errors import run_program
+from capdist.recipe_file import load_recipe, save_recipe
 
 # Before torch is loaded: threads that wait for each other sleep instead of spinning, which on a machine that also does
 # other work is several times faster.
@@ -119,7 +120,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 
         tracking = Tracking(accelerator, recipe, loop.state.step)
         if accelerator.is_main_process:
-            recipe.save(folder / "config.yaml")
+            save_recipe(recipe, folder / "config.yaml")
         tracking.log(describe_start(accelerator, recipe, identity), loop.state.step)
         try:
             with StopSignals() as signals:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from capdist import __version__
-from capdist.config import DataSection, recipe_from_dict
+from capdist.config import DataSection
 from capdist.data.prepared import Split, get_split, read_source
 from capdist.decoding import SearchOptions
 from capdist.errors import DataError
@@ -18,6 +18,7 @@ from capdist.inference.captioner import Captioner
 from capdist.inference.report import print_scores
 from capdist.metrics import TOKENISER
 from capdist.model_folder import TrainedModel
+from capdist.recipe_file import recipe_from_dict
 from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
 from capdist.training.launch import build_accelerator
 

@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "capdist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    ("errors",), ("config",), ("text",), ("data",), ("models",), ("decoding",), ("metrics",), ("model_folder",),
-    ("training",), ("inference",), ("launcher", "cli", "train"),
+    ("errors",), ("config", "recipe_file"), ("text",), ("data",), ("models",), ("decoding",), ("metrics",),
+    ("model_folder",), ("training",), ("inference",), ("launcher", "cli", "train"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
