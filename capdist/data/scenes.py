@@ -26,7 +26,6 @@ CAPTIONS_PER_SCENE = 5
 
 COLOURS = {
     "red": (222, 38, 42),
-    "orange": (250, 140, 20),
     "yellow": (250, 225, 45),
     "green": (30, 150, 60),
     "blue": (35, 85, 220),
@@ -34,7 +33,7 @@ COLOURS = {
     "white": (252, 252, 252),
     "black": (25, 25, 28),
 }
-SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart")
+SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 BACKGROUNDS = {
     "meadow": "on a meadow",
     "beach": "at the beach",
@@ -240,7 +239,7 @@ def _places(scene: Scene, rng: random.Random) -> Iterator[tuple[Point, float]]:
         "row": [(jitter(x, 0.7), jitter(32, 6)) for x in (11, 32, 53)],
     }[scene.layout]
     for shape, centre in zip(scene.shapes, centres, strict=True):
-        yield centre, jitter(13.5 if shape.size == "large" else 8.2, 0.6)
+        yield centre, jitter(13.5 if shape.size == "large" else 9.0, 0.5)
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: Shape, centre: Point, radius: float, edge: Colour) -> None:
@@ -265,10 +264,8 @@ def _outline(form: str) -> list[Point]:
     if form == "cross":
         arm = [(-0.34, -1.0), (0.34, -1.0), (0.34, -0.34)]
         return [point for quarter in range(4) for point in (_turned(corner, quarter * 90) for corner in arm)]
-    if form == "star":
-        return [_turned((0, -1.1 if corner % 2 == 0 else -0.46), corner * 36) for corner in range(10)]
-    steps = [math.tau * step / 40 for step in range(40)]
-    return [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t)) / 16) for t in steps]
+    assert form == "star"
+    return [_turned((0, -1.1 if corner % 2 == 0 else -0.46), corner * 36) for corner in range(10)]
 
 
 def _turned(point: Point, degrees: float) -> Point:
