@@ -36,7 +36,7 @@ def save_samples(photos: Sequence[Image.Image], titles: Sequence[str], path: Pat
         title: Of the picture.
     """
     columns = min(4, len(photos))
-    figure, axes = _figure(columns, math.ceil(len(photos) / columns), 2.9, 3.3)
+    figure, axes = _figure(columns, math.ceil(len(photos) / columns), 2.9, 3.5)
     figure.suptitle(title, fontsize=11)
     for axis, photo, text in zip(axes, photos, titles, strict=False):
         axis.imshow(photo)
