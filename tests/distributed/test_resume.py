@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,18 +74,26 @@ def test_killed_between_checkpoints_equals_uninterrupted(photos: Path, straight:
     assert training_lines(tmp_path) == training_lines(straight)
 
 
+@pytest.fixture(scope="module")
+def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    assert train(photos, folder, fault="term:7") != 0
+    return folder
+
+
 @pytest.mark.parametrize("forgotten", ["model", "optimizer", "step"])
-def test_forgetting_one_thing_is_noticed(photos: Path, straight: Path, tmp_path: Path, forgotten: str) -> None:
+def test_forgetting_one_thing_is_noticed(
+    photos: Path, straight: Path, stopped: Path, tmp_path: Path, forgotten: str
+) -> None:
     """The negative control: the equality above would notice if one part were not restored."""
-    train(photos, tmp_path, fault="term:7")
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     train(photos, tmp_path, "--resume", fault=f"forget:{forgotten}")
     assert digests(tmp_path) != digests(straight)
 
 
-def test_other_number_of_processes_is_refused(photos: Path, tmp_path: Path) -> None:
-    train(photos, tmp_path, "training.max_steps=2")
-    arguments = ["--config", "configs/scenes.yaml", *SMALL, *RANDOM, f"data.path={photos}", "training.max_steps=2"]
-    arguments += [f"run.output_dir={tmp_path}", "run.name=run", "--resume"]
+def test_other_number_of_processes_is_refused(photos: Path, stopped: Path) -> None:
+    arguments = ["--config", "configs/scenes.yaml", *SMALL, *RANDOM, f"data.path={photos}"]
+    arguments += [f"run.output_dir={stopped}", "run.name=run", "--resume"]
     result = launch(SCRIPT, arguments, processes=2)
     assert result.returncode != 0
     assert "was made by 1 processes, now 2" in result.stderr
