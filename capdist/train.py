@@ -19,7 +19,7 @@ from capdist.errors import run_program
 from capdist.recipe_file import load_recipe, save_recipe
 
 # Before torch is loaded: threads that wait for each other soon sleep instead of spinning for milliseconds. On a quiet
-# machine that costs little; on one that also does other work, steps are twice as fast and more.
+# machine that costs a few percent; on one that also does other work, steps are much faster.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
