@@ -1,4 +1,4 @@
-"""Caption search: pure functions over a small protocol (`init_state`, `step`, `reorder`)."""
+"""Caption search: pure functions over a small protocol (`init_state`, `step`, `reorder`, `select`)."""
 
 from __future__ import annotations
 

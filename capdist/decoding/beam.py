@@ -16,6 +16,12 @@ from capdist.decoding.hypotheses import Hypotheses, SearchResult, best_first, ga
 from capdist.decoding.options import SearchOptions
 from capdist.decoding.protocol import Decoder, State
 
+_WORTH_LEAVING = 0.75
+"""Decided images are taken out of the batch once no more than this share of its images is left."""
+
+_STEPS_BETWEEN_LOOKS = {"cpu": 1}
+"""How often the host asks which images are decided: a processor knows, an accelerator would have to be waited for."""
+
 
 class _Continuations(NamedTuple):
     """Beams with one more token; three tensors of one shape, best first."""
@@ -54,6 +60,8 @@ def beam_search(
     """
     live, pool = _first_beams(features, options, return_attention)
     searching = torch.ones_like(live.ended[:, :1])
+    images = torch.arange(len(features), device=features.device)
+    over: list[tuple[Tensor, Hypotheses]] = []  # images that have left, and their captions
     state = decoder.reorder(decoder.init_state(features), torch.zeros_like(live.lengths))
     tokens = torch.full_like(live.lengths, options.bos_id)
     for position in range(options.max_length + 1):  # the last step can only end captions of full length
@@ -66,10 +74,20 @@ def beam_search(
             break
         live, parents, tokens, stuck = _grow(live, best, attention, position, options)
         searching = searching & ~stuck & ~_is_decided(pool, live, options)
-        if not searching.any():  # the one host synchronisation of a step
-            break
         state = decoder.reorder(state, parents)
-    return pool.join(live).result(options.beam_size, options)
+        if (position + 1) % _STEPS_BETWEEN_LOOKS.get(features.device.type, 4):
+            continue
+        going = searching[:, 0].nonzero()[:, 0]  # the host waits for the device
+        if not len(going):
+            break
+        if len(going) <= _WORTH_LEAVING * len(searching):
+            done = (~searching[:, 0]).nonzero()[:, 0]
+            over.append((images[done], pool.join(live).select(done)))
+            live, pool, state = live.select(going), pool.select(going), decoder.select(state, going)
+            searching, images, tokens = searching[going], images[going], tokens[going]
+    over.append((images, pool.join(live)))
+    order = torch.cat([left for left, _ in over]).argsort()
+    return Hypotheses.stack([captions for _, captions in over]).select(order).result(options.beam_size, options)
 
 
 def _first_beams(features: Tensor, options: SearchOptions, with_attention: bool) -> tuple[Hypotheses, Hypotheses]:

@@ -5,7 +5,9 @@ Shapes: B images, R rows of an image, T positions (`max_length`), N cells of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +85,21 @@ class Hypotheses:
             ended=gather_rows(self.ended, rows),
             attention=None if self.attention is None else gather_rows(self.attention, rows),
         )
+
+    def select(self, images: Tensor) -> Hypotheses:
+        """Return a copy that has the rows of some images (kept,) long."""
+        values: Any = (None if value is None else value[images] for value in self._values())
+        return Hypotheses(*values)
+
+    @classmethod
+    def stack(cls, parts: Sequence[Hypotheses]) -> Hypotheses:
+        """Return the images of all parts, one part behind the other."""
+        columns = zip(*(part._values() for part in parts), strict=True)
+        values: Any = (None if column[0] is None else torch.cat(column) for column in columns)
+        return cls(*values)
+
+    def _values(self) -> Iterator[Any]:
+        return (getattr(self, field.name) for field in fields(self))
 
     def join(self, other: Hypotheses) -> Hypotheses:
         """Return the rows of both, the other's behind these."""

@@ -1,4 +1,4 @@
-"""What a search needs of a model: three functions over a state that the search never looks into.
+"""What a search needs of a model: four functions over a state that the search never looks into.
 
 Shapes: B images, R rows (captions under way) of an image, V vocabulary, N cells of the encoder grid.
 """
@@ -45,5 +45,14 @@ class Decoder(Protocol[State]):
         Args:
             state: A state of any number of rows.
             parents: (B, new rows) long; rows may be repeated or left out, so this also turns 1 row into many.
+        """
+        ...
+
+    def select(self, state: State, images: Tensor) -> State:
+        """Return the state of some of its images.
+
+        Args:
+            state: Of any number of images and rows.
+            images: (images kept,) long.
         """
         ...

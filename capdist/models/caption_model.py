@@ -5,6 +5,7 @@ Shapes: B images, R captions an image, T words, N cells, C channels, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capdist.config import DecoderSection, EncoderSection
-from capdist.models.decoder import DecoderState, SoftAttentionDecoder, pack
+from capdist.models.decoder import DecoderState, Packing, SoftAttentionDecoder
 from capdist.models.encoder import Encoder, build_backbone
 from capdist.text.vocabulary import IGNORED_LABEL
 
@@ -32,7 +33,7 @@ class CaptionLoss(NamedTuple):
 class CaptionModel(nn.Module):
     """Photo in, caption out.
 
-    It is also what `capdist.decoding` searches with: `init_state`, `step`, `reorder`.
+    It is also what `capdist.decoding` searches with: `init_state`, `step`, `reorder`, `select`.
 
     Args:
         encoder: Photos to features.
@@ -54,6 +55,7 @@ class CaptionModel(nn.Module):
         *,
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         label_smoothing: float = 0.0,
     ) -> CaptionLoss:
         """Return the loss of an image-major batch.
@@ -63,19 +65,22 @@ class CaptionModel(nn.Module):
             labels: (B·R, T), `a dog <eos>`, then `IGNORED_LABEL`.
             pixel_values: (B, 3, height, width), normalised; or
             features: (B, N, C) that `encode` made earlier.
+            lengths: Labels of each row, if they are known already: finding out makes the host wait for the device.
             label_smoothing: Share of probability spread over all words.
         """
         if features is None:
             assert pixel_values is not None
             features = self.encode(pixel_values)
-        lengths = (labels != IGNORED_LABEL).sum(dim=1)
-        hidden, looked = self.decoder(self.projection(features), input_ids, lengths)
+        if lengths is None:
+            lengths = (labels != IGNORED_LABEL).sum(dim=1).tolist()
+        packing = Packing.of(torch.tensor(lengths), labels.shape[1], labels.device)
+        hidden, looked = self.decoder(self.projection(features), input_ids, packing)
         # The head sees all words of the batch in one product, and no padding.
         logits = self.decoder.head(hidden)
-        cross_entropy = F.cross_entropy(
-            logits.float(), pack(labels, lengths), label_smoothing=label_smoothing, reduction="sum"
-        )
-        penalty = ((1 - looked) ** 2).sum(dim=-1) * (lengths > 0)
+        # The sum over words needs float32 even where the step is computed in less.
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        cross_entropy = F.cross_entropy(logits, packing.pick(labels), label_smoothing=label_smoothing, reduction="sum")
+        penalty = ((1 - looked) ** 2).sum(dim=-1) * (labels[:, 0] != IGNORED_LABEL)
         return CaptionLoss(cross_entropy, penalty.sum())
 
     def encode(self, pixel_values: Tensor) -> Tensor:
@@ -94,6 +99,10 @@ class CaptionModel(nn.Module):
     def reorder(self, state: DecoderState, parents: Tensor) -> DecoderState:
         """Continue from other rows; see `SoftAttentionDecoder.reorder`."""
         return self.decoder.reorder(state, parents)
+
+    def select(self, state: DecoderState, images: Tensor) -> DecoderState:
+        """Keep some images; see `SoftAttentionDecoder.select`."""
+        return self.decoder.select(state, images)
 
 
 def build_model(

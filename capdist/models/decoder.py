@@ -5,65 +5,71 @@ Shapes: B images, R captions or beams of an image, T words, N cells, C channels,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capdist.models.attention import AdditiveAttention
+from capdist.models.attention import AdditiveAttention, Look
+from capdist.models.deferred import StepLinear
+
+
+class _Products(NamedTuple):
+    """Linear layers of a step."""
+
+    of_hidden: StepLinear  # to query, gate of the context and gates of the LSTM
+    of_context: StepLinear  # to gates of the LSTM
 
 
 @dataclass(frozen=True)
 class DecoderState:
-    """What the decoder carries from word to word.
+    """What a search carries from word to word.
 
     Attributes:
-        features: (B, N, C), never repeated for the captions of an image.
+        features: (B, N, C), never repeated for the rows of an image.
         keys: (B, N, A), likewise.
+        products: Layers that each step applies.
         hidden: (B, R, H).
         cell: (B, R, H).
     """
 
     features: Tensor
     keys: Tensor
+    products: _Products
     hidden: Tensor
     cell: Tensor
 
-    def select(self, images: Tensor) -> DecoderState:
-        """Return one row for each index of `images`, with features and keys of its own."""
-        return DecoderState(*(getattr(self, field.name)[images] for field in fields(self)))
 
-    def first(self, count: int) -> DecoderState:
-        """Keep the first images."""
-        return DecoderState(*(getattr(self, field.name)[:count] for field in fields(self)))
+class Packing(NamedTuple):
+    """The words of captions: all first words, longest caption first, then all second words, and so on.
 
+    It is worked out on the host, so that a device never has to tell how many captions are left.
 
-def by_length(lengths: Tensor) -> Tensor:
-    """Return the rows from the longest caption to the shortest, those of equal length in their order."""
-    return lengths.argsort(descending=True, stable=True)
-
-
-def words_at(lengths: Tensor) -> list[int]:
-    """Return how many captions have a first word, a second, and so on."""
-    positions = torch.arange(int(lengths.max()), device=lengths.device)
-    counts: list[int] = (lengths[None] > positions[:, None]).sum(dim=1).tolist()
-    return counts
-
-
-def pack(values: Tensor, lengths: Tensor) -> Tensor:
-    """Pick the words of captions: all first words, longest caption first, then all second words, and so on.
-
-    Args:
-        values: (rows, T).
-        lengths: (rows,) words of each row.
-
-    Returns:
-        (W,), W the sum of lengths.
+    Attributes:
+        rows: (rows,) from the longest caption to the shortest, those of equal length in their order.
+        words: (W,) where in (rows, T), flattened, each word is.
+        counts: How many captions have a first word, a second, and so on.
     """
-    rows = by_length(lengths)
-    positions = torch.arange(values.shape[1], device=values.device)
-    return values[rows].T[lengths[rows][None] > positions[:, None]]
+
+    rows: Tensor
+    words: Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, lengths: Tensor, width: int, device: torch.device) -> Packing:
+        """Pack captions of `lengths` (rows,), on the host, that lie in (rows, `width`); indices go to the device."""
+        rows = lengths.argsort(descending=True, stable=True)
+        positions = torch.arange(width)
+        present = lengths[rows] > positions[:, None]
+        words = (rows * width + positions[:, None])[present]
+        counts = [count for count in present.sum(dim=1).tolist() if count]
+        return cls(rows.to(device, non_blocking=True), words.to(device, non_blocking=True), counts)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Return the words (W,) of `values` (rows, T)."""
+        return values.flatten()[self.words]
 
 
 class SoftAttentionDecoder(nn.Module):
@@ -111,14 +117,18 @@ class SoftAttentionDecoder(nn.Module):
 
     def init_state(self, features: Tensor) -> DecoderState:
         """Start one caption an image from the mean of its features (B, N, C)."""
-        mean = features.mean(dim=1, keepdim=True)
-        hidden, cell = torch.tanh(self.initial_hidden(mean)), torch.tanh(self.initial_cell(mean))
-        return DecoderState(features, self.attention.keys(features), hidden, cell)
+        hidden, cell = self._first_state(features)
+        return DecoderState(features, self.attention.keys(features), self._products(), hidden[:, None], cell[:, None])
 
     def reorder(self, state: DecoderState, parents: Tensor) -> DecoderState:
         """Let row r of each image go on from its row `parents[b, r]`; parents is (B, new R)."""
         index = parents[..., None].expand(-1, -1, state.hidden.shape[-1])
         return replace(state, hidden=state.hidden.gather(1, index), cell=state.cell.gather(1, index))
+
+    def select(self, state: DecoderState, images: Tensor) -> DecoderState:
+        """Keep some images (kept,) of a search."""
+        tensors = ("features", "keys", "hidden", "cell")
+        return replace(state, **{name: getattr(state, name)[images] for name in tensors})
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
         """Read one word for each row.
@@ -130,48 +140,72 @@ class SoftAttentionDecoder(nn.Module):
         Returns:
             Logits (B, R, V) of the next word, attention (B, R, N), and the new state.
         """
-        attention, state = self._advance(self._word_gates(tokens), state)
-        return self.head(self.dropout(state.hidden)), attention, state
+        look = self.attention.of_rows(state.features, state.keys)
+        attention, hidden, cell = self._advance(
+            self._word_gates(tokens), state.hidden, state.cell, look, state.products
+        )
+        return self.head(self.dropout(hidden)), attention, replace(state, hidden=hidden, cell=cell)
 
-    def forward(self, features: Tensor, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor, input_ids: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """Read whole captions (teacher forcing), longest first, so that a caption that has ended costs nothing.
 
         Args:
             features: (B, N, C).
             input_ids: (B·R, T), starting with `<bos>`, the captions of an image side by side.
-            lengths: (B·R,) words to read of each caption; 0 leaves a row out.
+            packing: Of the words to read of each caption.
 
         Returns:
-            States (W, H) after dropout, ready for `head`, one for each of the W words that `pack` picks and in its
+            States (W, H) after dropout, ready for `head`, one for each of the W words that `packing` picks and in its
             order; and the attention that each cell of each row got from all its words, (B·R, N).
         """
-        rows = by_length(lengths)
-        state = self.init_state(features)
-        state = state.select(rows // (len(lengths) // len(features)))
+        rows = packing.rows
+        look = self.attention.of_captions(features, self.attention.keys(features), rows)
+        image = rows // (len(rows) // len(features))
+        hidden, cell = (state[image] for state in self._first_state(features))
+        products = self._products()
         # A process left without captions takes the step all the same, with no rows.
-        counts = words_at(lengths) or [0]
+        counts = packing.counts or [0]
         # The word half of the gates does not wait for the state: all words in one product.
-        word_gates = self._word_gates(pack(input_ids, lengths)).split(counts)
-        hidden, looked = [], torch.zeros(len(lengths), features.shape[1], device=features.device)
+        word_gates = self._word_gates(packing.pick(input_ids)).split(counts)
+        said, looked = [], []
         for count, gates in zip(counts, word_gates, strict=True):
-            weights, state = self._advance(gates[:, None], state.first(count))
-            hidden.append(state.hidden[:, 0])
-            looked = torch.cat([looked[:count] + weights[:, 0], looked[count:]])
-        return self.dropout(torch.cat(hidden)), looked[rows.argsort()]
+            weights, hidden, cell = self._advance(gates, hidden[:count], cell[:count], look, products)
+            said.append(hidden)
+            looked.append(weights)
+        by_row = torch.zeros(len(rows), features.shape[1], device=features.device, dtype=looked[0].dtype)
+        by_row = by_row.index_add(0, torch.cat([rows[:count] for count in counts]), torch.cat(looked))
+        return self.dropout(torch.cat(said)), by_row
+
+    def _first_state(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        mean = features.mean(dim=1)
+        return torch.tanh(self.initial_hidden(mean)), torch.tanh(self.initial_cell(mean))
+
+    def _products(self) -> _Products:
+        layers: list[Any] = [self.attention.query] if self.gate is None else [self.attention.query, self.gate]
+        of_hidden = StepLinear(
+            torch.cat([*(layer.weight for layer in layers), self.lstm.weight_hh]),
+            torch.cat([*(layer.bias for layer in layers), self.lstm.bias_hh]),
+        )
+        return _Products(of_hidden, StepLinear(self.lstm.weight_ih[:, self.embedding.embedding_dim :]))
 
     def _word_gates(self, tokens: Tensor) -> Tensor:
         """Return the share of words in the LSTM's gates, (…, 4H), for ids (…)."""
         words = self.dropout(self.embedding(tokens))
-        weight = self.lstm.weight_ih[:, : self.embedding.embedding_dim]
-        return F.linear(words, weight, self.lstm.bias_ih + self.lstm.bias_hh)
+        return F.linear(words, self.lstm.weight_ih[:, : self.embedding.embedding_dim], self.lstm.bias_ih)
 
-    def _advance(self, word_gates: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        context, weights = self.attention(state.features, state.keys, state.hidden)
+    def _advance(
+        self, word_gates: Tensor, hidden: Tensor, cell: Tensor, look: Look, products: _Products
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the rows look at, and their next hidden and cell."""
+        gate_size, query_size = 4 * self.lstm.hidden_size, self.attention.query.out_features
+        of_hidden = products.of_hidden(hidden)
+        query, context_gate, hidden_gates = of_hidden.split(
+            [query_size, of_hidden.shape[-1] - query_size - gate_size, gate_size], dim=-1
+        )
+        context, weights = look(query)
         if self.gate is not None:
-            context = context * torch.sigmoid(self.gate(state.hidden))
-        context_weight = self.lstm.weight_ih[:, self.embedding.embedding_dim :]
-        gates = word_gates + F.linear(context, context_weight) + F.linear(state.hidden, self.lstm.weight_hh)
+            context = context * torch.sigmoid(context_gate)
+        gates = word_gates + hidden_gates + products.of_context(context)
         input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
-        cell = torch.sigmoid(forget_gate) * state.cell + torch.sigmoid(input_gate) * torch.tanh(candidate)
-        hidden = torch.sigmoid(output_gate) * torch.tanh(cell)
-        return weights, replace(state, hidden=hidden, cell=cell)
+        cell = torch.sigmoid(forget_gate) * cell + torch.sigmoid(input_gate) * torch.tanh(candidate)
+        return weights, torch.sigmoid(output_gate) * torch.tanh(cell), cell

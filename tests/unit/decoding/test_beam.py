@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from toy_decoder import (
 )
 
 from capdist.decoding import SearchResult, beam_search, greedy_search, search
+from capdist.decoding.beam import _STEPS_BETWEEN_LOOKS
 from capdist.errors import NumericsError, UsageError
 
 ALL = 500  # more beams than there are continuations at any step
@@ -93,6 +95,30 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
             assert torch.equal(getattr(together, name)[image], getattr(alone, name)[0])
         torch.testing.assert_close(together.log_probabilities[image], alone.log_probabilities[0])
         torch.testing.assert_close(together.attention[image], alone.attention[0])
+
+
+@pytest.mark.parametrize("steps_between_looks", [1, 2, 3])
+def test_decided_images_leave_the_batch_and_come_back_in_their_place(
+    steps_between_looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_STEPS_BETWEEN_LOOKS, "cpu", steps_between_looks)
+    decoder, features, options = ToyDecoder(seed=1), make_features(24), make_options(beam_size=3, max_length=9)
+    sizes = []
+    step = decoder.step
+
+    def counted_step(tokens: Any, state: Any) -> Any:
+        sizes.append(len(tokens))
+        return step(tokens, state)
+
+    decoder.step = counted_step
+    result = beam_search(decoder, features, options, return_attention=True)
+    assert sizes[0] == 24
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 2
+    for image in range(24):
+        alone = beam_search(ToyDecoder(seed=1), features[image : image + 1], options, return_attention=True)
+        for name in ("tokens", "lengths", "log_probabilities", "scores", "ended", "attention"):
+            torch.testing.assert_close(getattr(result, name)[image], getattr(alone, name)[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

@@ -62,6 +62,9 @@ class ToyDecoder:
     def reorder(self, state: ToyState, parents: Tensor) -> ToyState:
         return state._replace(previous=state.previous.gather(1, parents))
 
+    def select(self, state: ToyState, images: Tensor) -> ToyState:
+        return ToyState(*(values[images] for values in state))
+
 
 def make_features(images: int, seed: int = 0) -> Tensor:
     return torch.randn(images, CELLS, CHANNELS, generator=torch.Generator().manual_seed(1000 + seed))

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from capdist.models.attention import AdditiveAttention
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import DecoderState, SoftAttentionDecoder
+from capdist.models.decoder import Packing, SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.text.vocabulary import IGNORED_LABEL
 
@@ -117,7 +118,8 @@ def _packed_order(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 def _fast_forward(model: CaptionModel, features: Tensor, input_ids: Tensor, lengths: list[int]) -> tuple[Any, Tensor]:
     """Return logits by (row, position), and the attention of each row summed over its words (rows, N)."""
-    hidden, looked = model.decoder(model.projection(features), input_ids, torch.tensor(lengths))
+    packing = Packing.of(torch.tensor(lengths), input_ids.shape[1], input_ids.device)
+    hidden, looked = model.decoder(model.projection(features), input_ids, packing)
     logits = model.decoder.head(hidden)
     assert len(logits) == sum(lengths)
     return dict(zip(_packed_order(lengths), logits, strict=True)), looked
@@ -135,7 +137,7 @@ def test_attention_is_that_of_a_triple_loop(rows: int, cells: int) -> None:
     torch.manual_seed(0)
     attention = AdditiveAttention(CHANNELS, 8, 7).double()
     features, hidden = torch.randn(2, cells, CHANNELS).double(), torch.randn(2, rows, 8).double()
-    context, weights = attention(features, attention.keys(features), hidden)
+    context, weights = attention.of_rows(features, attention.keys(features))(attention.query(hidden))
     key, query = ((m.weight.tolist(), m.bias.tolist()) for m in (attention.key, attention.query))
     score = attention.score.weight[0].tolist()  # a bias, if there is one, falls out of the softmax
     assert weights.shape == (2, rows, cells)
@@ -233,7 +235,7 @@ def test_reorder_takes_each_images_own_rows() -> None:
     model = _build()
     hidden, cell = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
     start = model.init_state(_features())
-    state = DecoderState(start.features, start.keys, hidden, cell)
+    state = replace(start, hidden=hidden, cell=cell)
     parents = [[2, 2, 0, 1], [0, 1, 1, 2]]
     moved = model.reorder(state, torch.tensor(parents))
     for image, row in itertools.product(range(2), range(4)):
