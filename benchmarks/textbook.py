@@ -10,6 +10,7 @@ Shapes: B captions, each with a photo of its own, T words, N cells, C channels, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -110,6 +111,31 @@ def caption_loss(decoder: Decoder, features: Tensor, input_ids: Tensor, labels: 
     packed = nn.utils.rnn.pack_padded_sequence(logits, sizes, batch_first=True).data
     targets = nn.utils.rnn.pack_padded_sequence(labels[order], sizes, batch_first=True).data
     return F.cross_entropy(packed, targets, reduction="sum")
+
+
+class Captioner(nn.Module):
+    """A 1x1 convolution over the features, if the recipe has one, and the decoder."""
+
+    def __init__(self, projection: nn.Module, decoder: Decoder) -> None:
+        super().__init__()
+        self.projection = copy.deepcopy(projection)
+        self.decoder = decoder
+
+
+def train_step(
+    network: Captioner,
+    optimizer: torch.optim.Optimizer,
+    features: Tensor,
+    input_ids: Tensor,
+    labels: Tensor,
+    lengths: Tensor,
+) -> None:
+    """Forward, backward, clipping and update; arguments as those of `caption_loss`."""
+    optimizer.zero_grad()
+    loss = caption_loss(network.decoder, network.projection(features), input_ids, labels, lengths)
+    (loss / lengths.sum()).backward()
+    nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+    optimizer.step()
 
 
 class Encoder(nn.Module):

@@ -132,6 +132,65 @@ def check(
     check_recipe(load_recipe(config, overrides or ()))
 
 
+@app.command()
+def features(
+    config: Config,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value", help="recipe overrides")] = None,
+    debug: Debug = False,
+) -> None:
+    """Encode every photo of a recipe into the cache. Also under `accelerate launch -m capdist.cli features …`."""
+    from capdist.processor import spin_briefly
+    from capdist.recipe_file import load_recipe
+
+    spin_briefly()
+    from capdist.training.fill_cache import fill_cache
+
+    fill_cache(load_recipe(config, overrides or ()))
+
+
+@app.command()
+def benchmark(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME…] [section.key=value…]", help="train-step, encode, caption, input, epoch; none = all"
+        ),
+    ] = None,
+    *,
+    config: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="sizes; default: ResNet-50, 49 cells, 512 hidden")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="timed calls; the median counts")] = 5,
+    images: Annotated[int | None, typer.Option(min=1, help="photos or images of each but train-step")] = None,
+    model: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="trained model for caption; default: random weights")
+    ] = None,
+    textbook: Annotated[bool, typer.Option(help="race the plain implementation")] = True,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="write traces there, and say where the time goes")
+    ] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write all figures")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure speed side by side with a plain implementation and with what this machine can do."""
+    from capdist.processor import spin_briefly
+
+    spin_briefly()
+    from capdist.benchmark.command import load_sizes, run_benchmarks
+
+    names = [argument for argument in arguments or () if "=" not in argument]
+    run_benchmarks(
+        names,
+        load_sizes(config, [argument for argument in arguments or () if "=" in argument]),
+        repeats=repeats,
+        images=images,
+        model=model,
+        with_textbook=textbook,
+        profile=profile,
+        output=as_json,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the program's code.
 

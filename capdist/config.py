@@ -105,7 +105,18 @@ class EncoderSection(Section):
     batch_norm: Literal["frozen", "train"] = "frozen"
     """Whether BatchNorm of blocks that train uses its stored statistics or those of the batch."""
     cache: Literal["auto", "off"] = "auto"
-    """`auto`: encode each photo once if the encoder is frozen and nothing is augmented."""
+    """`auto`: encode each photo once if the encoder is frozen and nothing is augmented; see also `cache_views`."""
+    cache_views: Positive | None = None
+    """With augmentation and a frozen encoder: encode this many random views of each training photo once and go
+    through them epoch by epoch; null = augment anew in every epoch, without a cache."""
+    precision: Literal["auto", "inherit", "no", "bf16"] = "auto"
+    """Arithmetic of a frozen encoder's pass: `auto` = bf16 where the processor has units for it, else float32;
+    `inherit` = as training.mixed_precision took effect."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the encoder that fills the cache is compiled: `auto` = once it is clear that minutes of encoding
+    remain."""
+    gradient_checkpointing: bool = False
+    """Recompute the activations of blocks that train in the backward pass: less memory, about a third more time."""
 
 
 class DecoderSection(Section):
@@ -226,8 +237,12 @@ class Recipe(Section):
 
     @property
     def caches_features(self) -> bool:
-        """Whether each photo is encoded once for the whole run."""
-        return self.encoder.cache == "auto" and self.encoder.trainable_from is None and not self.data.augments
+        """Whether each photo, or each of its `encoder.cache_views`, is encoded once for the whole run."""
+        return (
+            self.encoder.cache == "auto"
+            and self.encoder.trainable_from is None
+            and (not self.data.augments or self.encoder.cache_views is not None)
+        )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return plain JSON types by section and key, as a recipe file spells them."""
@@ -250,6 +265,19 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
         yield f"data.path: missing; data.source={data.source} needs a folder (data.path=/where/it/is)"
     if encoder.trainable_from is None and recipe.training.encoder_learning_rate is not None:
         yield "training.encoder_learning_rate: the encoder is frozen; set encoder.trainable_from, or drop this key"
+    if encoder.gradient_checkpointing and encoder.trainable_from is None:
+        yield "encoder.gradient_checkpointing: the encoder is frozen; set encoder.trainable_from, or drop this key"
+    if encoder.gradient_checkpointing and encoder.batch_norm == "train" and encoder.name.startswith("timm/"):
+        yield (
+            "encoder.gradient_checkpointing: a timm network would count each batch twice in its BatchNorm statistics; "
+            "set encoder.batch_norm=frozen, or drop this key"
+        )
+    if encoder.cache_views is not None and (not data.augments or not recipe.caches_features):
+        yield (
+            "encoder.cache_views: needs augmentation (data.random_crop and others), encoder.cache=auto and a frozen "
+            f"encoder, found {'' if data.augments else 'no '}augmentation, encoder.cache={encoder.cache} and "
+            f"encoder.trainable_from={encoder.trainable_from}"
+        )
 
 
 def recipe_keys() -> Iterable[tuple[str, str]]:

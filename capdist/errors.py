@@ -78,7 +78,7 @@ class ProcessError(CapdistError):
 
 
 class Stopped(CapdistError):
-    """A signal ended the run after a checkpoint was saved.
+    """A signal ended the run after what it had done was saved.
 
     Args:
         signal_number: The signal; the exit code is 128 plus it, as shells have it.

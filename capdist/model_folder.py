@@ -19,6 +19,7 @@ from capdist import __version__
 from capdist.config import DecoderSection, EncoderSection
 from capdist.data.images import Preprocessing
 from capdist.errors import CapdistError, CheckpointError, StorageError
+from capdist.files import flush_to_disk
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
 
@@ -87,15 +88,6 @@ def update_metrics(trained: TrainedModel, folder: Path) -> None:
         staging = folder / f".tmp_{name}"
         staging.write_text(text, encoding="utf-8")
         os.replace(staging, folder / name)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _swap(staging: Path, folder: Path) -> None:

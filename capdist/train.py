@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,10 @@ if __package__ in (None, ""):  # started as a file: this folder must not be wher
 
 from capdist.config import Recipe
 from capdist.errors import run_program
+from capdist.processor import spin_briefly
 from capdist.recipe_file import load_recipe, save_recipe
 
-# Before torch is loaded: threads that wait for each other soon sleep instead of spinning for milliseconds. On a quiet
-# machine that costs a few percent; on one that also does other work, steps are much faster.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+spin_briefly()
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     from capdist.inference.report import final_report
     from capdist.models.caption_model import build_model
     from capdist.training import launch
-    from capdist.training.encoding import encode_split
+    from capdist.training.encoding import encode_splits
     from capdist.training.evaluation import Evaluator, search_options
     from capdist.training.loop import Loop
     from capdist.training.optimization import build_optimizer
@@ -106,8 +103,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
         # A frozen encoder sees each photo once, not once an epoch.
         features = {}
         if recipe.caches_features:
-            for split in data.splits.values():
-                features[split.name] = encode_split(accelerator, model, preprocessing, split, recipe)
+            for encoded in encode_splits(accelerator, model, preprocessing, data.splits, recipe):
+                encoded.store.hold(accelerator.device)
+                features[encoded.split] = encoded.store
 
         model, optimizer = accelerator.prepare(model, optimizer)
         options = search_options(recipe.evaluation, data.vocabulary, recipe.text.max_length)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from capdist.config import Recipe
 from capdist.data.captions import CaptionTable, seed_of
-from capdist.data.images import Augmentation, Preprocessing, open_photo, to_tensor
+from capdist.data.images import Augmentation, Preprocessing, build_augmentation, open_photo, to_tensor
 from capdist.errors import DataError
 from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
 
@@ -39,12 +40,12 @@ class Sample(NamedTuple):
     """One image and some of its captions.
 
     Attributes:
-        image: Row of the split.
+        feature_row: Row of the feature store, which is that of the split unless views are cached.
         pixels: uint8 (3, S, S), or None when features are cached.
         captions: Ids, without `<bos>`; none for a filler.
     """
 
-    image: int
+    feature_row: int
     pixels: Tensor | None
     captions: list[Tensor]
 
@@ -54,20 +55,22 @@ class CaptionBatch:
     """An image-major batch.
 
     Attributes:
-        image_rows: (B,) rows of the split.
+        feature_rows: (B,) rows of the feature store, which are those of the split unless views are cached.
         images: uint8 (B, 3, S, S), or None when features are cached.
         input_ids: (B·R, T), `<bos> a dog`, padded.
         labels: (B·R, T), `a dog <eos>`, `IGNORED_LABEL` where there is no word.
         attention_mask: (B·R, T), 1 where a token is real.
+        lengths: (B·R,) labels of each row, for the host: asking the device would make it wait.
         num_tokens: Labels that count.
         num_captions: Captions that count.
     """
 
-    image_rows: Tensor
+    feature_rows: Tensor
     images: Tensor | None
     input_ids: Tensor
     labels: Tensor
     attention_mask: Tensor
+    lengths: tuple[int, ...]
     num_tokens: int
     num_captions: int
 
@@ -85,6 +88,38 @@ class CaptionBatch:
         return ((name, value) for name, value in vars(self).items() if isinstance(value, Tensor))
 
 
+@dataclass(frozen=True)
+class Views:
+    """Random views of each training photo, encoded once and gone through epoch by epoch.
+
+    Their feature store has `count` rows an image, those of an image side by side.
+
+    Attributes:
+        augmentation: Draws a view.
+        count: Views of an image.
+        seed: Of the run.
+    """
+
+    augmentation: Augmentation
+    count: int
+    seed: int
+
+    def row(self, image: int, epoch: int) -> int:
+        """Return the row of the view that an epoch, counted from 0, shows of an image."""
+        first = seed_of(self.seed, "first view", image)  # so that no epoch is made of the first view of every image
+        return image * self.count + (first + epoch) % self.count
+
+    def seed_of_view(self, image: int, view: int) -> int:
+        """Return the seed from which a view is drawn."""
+        return seed_of(self.seed, "view", image, view)
+
+
+def build_views(recipe: Recipe) -> Views | None:
+    """Return the views of training photos that a recipe caches, or None if it caches none."""
+    augmentation, count = build_augmentation(recipe.data), recipe.encoder.cache_views
+    return None if augmentation is None or count is None else Views(augmentation, count, recipe.run.seed)
+
+
 class CaptionDataset(Dataset[Sample | DataError]):
     """Training samples by `SampleKey`. Stateless, so that any worker of any run makes the same sample of a key.
 
@@ -95,6 +130,7 @@ class CaptionDataset(Dataset[Sample | DataError]):
         augmentation: Of photos, or None.
         captions_per_image: R.
         seed: Of the run.
+        views: If features of several views are cached.
     """
 
     def __init__(
@@ -105,6 +141,7 @@ class CaptionDataset(Dataset[Sample | DataError]):
         augmentation: Augmentation | None,
         captions_per_image: int,
         seed: int,
+        views: Views | None = None,
     ) -> None:
         self.photos = photos
         self.captions = captions
@@ -112,6 +149,7 @@ class CaptionDataset(Dataset[Sample | DataError]):
         self.augmentation = augmentation
         self.captions_per_image = captions_per_image
         self.seed = seed
+        self.views = views
 
     def __getitem__(self, key: SampleKey) -> Sample | DataError:
         """Make a sample; a broken photo is handed back as its error: raised in a worker it would lose its class."""
@@ -119,7 +157,8 @@ class CaptionDataset(Dataset[Sample | DataError]):
             pixels = self._pixels(key) if self.photos is not None else None
         except DataError as error:
             return error
-        return Sample(key.image, pixels, [] if key.is_filler else self._captions(key))
+        row = key.image if self.views is None else self.views.row(key.image, key.epoch)
+        return Sample(row, pixels, [] if key.is_filler else self._captions(key))
 
     def _captions(self, key: SampleKey) -> list[Tensor]:
         captions = self.captions.captions(key.image)
@@ -134,10 +173,15 @@ class CaptionDataset(Dataset[Sample | DataError]):
         photo = self.photos[key.image]
         if self.augmentation is None:
             return self.preprocessing.load(photo)
-        image = to_tensor(open_photo(photo, self.preprocessing.image_size))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, "augmentation", key.epoch, key.image, key.part))
-            return self.augmentation(image)
+        seed = seed_of(self.seed, "augmentation", key.epoch, key.image, key.part)
+        return _augmented(photo, self.preprocessing, self.augmentation, seed)
+
+
+def _augmented(photo: Any, preprocessing: Preprocessing, augmentation: Augmentation, seed: int) -> Tensor:
+    image = to_tensor(open_photo(photo, preprocessing.image_size))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return augmentation(image)
 
 
 class Collator:
@@ -167,37 +211,47 @@ class Collator:
                 input_ids[index, 1 : len(row)] = row[:-1]
         pixels = [s.pixels for s in good if s.pixels is not None]
         return CaptionBatch(
-            image_rows=torch.tensor([s.image for s in good]),
+            feature_rows=torch.tensor([s.feature_row for s in good]),
             images=torch.stack(pixels) if pixels else None,
             input_ids=input_ids,
             labels=labels,
             attention_mask=(labels != IGNORED_LABEL).long(),
-            num_tokens=int((labels != IGNORED_LABEL).sum()),
+            lengths=tuple(0 if row is None else len(row) for row in rows),
+            num_tokens=sum(len(row) for row in rows if row is not None),
             num_captions=sum(row is not None for row in rows),
         )
 
 
 class PhotoDataset(Dataset[tuple[int, Tensor] | DataError]):
-    """Photos of a split by row, not augmented.
+    """Photos of a split by row, not augmented, or their views by row of the feature store.
 
     Args:
         photos: The split's `image` column with `decode=False`.
         preprocessing: Of photos.
+        views: Or None for the photos as they are.
     """
 
-    def __init__(self, photos: Sequence[Any], preprocessing: Preprocessing) -> None:
+    def __init__(self, photos: Sequence[Any], preprocessing: Preprocessing, views: Views | None = None) -> None:
         self.photos = photos
         self.preprocessing = preprocessing
+        self.views = views
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.photos) * (1 if self.views is None else self.views.count)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor] | DataError:
         """Return the row and its photo, uint8 (3, S, S), or the error of a broken photo."""
         try:
-            return row, self.preprocessing.load(self.photos[row])
+            return row, self._pixels(row)
         except DataError as error:
             return error
+
+    def _pixels(self, row: int) -> Tensor:
+        if self.views is None:
+            return self.preprocessing.load(self.photos[row])
+        image, view = divmod(row, self.views.count)
+        seed = self.views.seed_of_view(image, view)
+        return _augmented(self.photos[image], self.preprocessing, self.views.augmentation, seed)
 
 
 def collate_photos(items: Sequence[tuple[int, Tensor] | DataError]) -> tuple[Tensor, Tensor] | DataError:

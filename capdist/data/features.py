@@ -1,27 +1,39 @@
 """The feature store: what a frozen encoder makes of a split, kept on disk and mapped into memory.
 
-Shapes: I images of the split, N cells, C channels.
+A store is a folder: `features.npy`, `done.npy` (1 for each row whose features are safely in the file), `about.json`
+for people, and `.lock`, held by the run that fills it.
+
+Shapes: I rows, one an image (or one a view of an image, see `Views`), N cells, C channels.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capdist.errors import DataError
+from capdist.files import flush_to_disk, try_lock
+
+VERSION = 2
+FEATURES, DONE, ABOUT, LOCK = "features.npy", "done.npy", "about.json", ".lock"
+FLUSH_EVERY_S = 2.0
+"""Seconds of encoding that a power cut may cost."""
+_ROWS_HELD_AT_ONCE = 256
 
 
 class FeatureStore:
-    """Features (I, N, C) in float16, one row an image. Memory-mapped: processes share one copy, the system evicts it.
+    """Features (I, N, C) in float16. Memory-mapped: processes share one copy, the system evicts it.
 
     Args:
         array: As `numpy.load(..., mmap_mode="r")` gives it.
@@ -29,38 +41,204 @@ class FeatureStore:
 
     def __init__(self, array: NDArray[np.float16]) -> None:
         self.array = array
+        self._device = torch.device("cpu")
+        self._held: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.array)
 
     def features(self, rows: Tensor) -> Tensor:
-        """Return float32 features (B, N, C) of rows (B,)."""
+        """Return float32 features (B, N, C) of rows (B,), which lie on the CPU; on the CUDA device of `hold`, if any.
+
+        They are a copy.
+        """
+        if self._held is not None:
+            return self._held[rows.to(self._device, non_blocking=True)].float()
+        if self._device.type == "cuda":
+            return self._pinned(rows).to(self._device, non_blocking=True).float()
         return torch.from_numpy(self.array[rows.numpy()]).float()
 
+    def hold(self, device: torch.device) -> bool:
+        """Give features on a device from now on, and keep all of them in its memory if they fit.
+
+        Only CUDA devices hold features; with any other the store stays as it is.
+
+        Returns:
+            Whether the device holds them.
+        """
+        if device.type == "cuda":
+            self._device = device
+            torch.cuda.empty_cache()
+            if fits(self.array.nbytes, torch.cuda.mem_get_info(device)[0]):
+                self._held = torch.empty(self.array.shape, dtype=torch.float16, device=device)
+                for start in range(0, len(self), _ROWS_HELD_AT_ONCE):
+                    rows = slice(start, start + _ROWS_HELD_AT_ONCE)
+                    self._held[rows].copy_(torch.from_numpy(np.array(self.array[rows])))
+        return self._held is not None
+
+    def _pinned(self, rows: Tensor) -> Tensor:
+        buffer = torch.empty((len(rows), *self.array.shape[1:]), dtype=torch.float16, pin_memory=True)
+        # "clip", because the default mode makes a copy of its own before it fills `out`.
+        np.take(self.array, rows.numpy(), axis=0, out=buffer.numpy(), mode="clip")
+        return buffer
+
     @classmethod
-    def open(cls, path: Path) -> FeatureStore:
-        """Map a finished store."""
-        return cls(np.load(path, mmap_mode="r"))
+    def open(cls, folder: Path) -> FeatureStore:
+        """Map a store of which every row is done."""
+        return cls(np.lib.format.open_memmap(folder / FEATURES, mode="r"))
 
 
-def create_store(path: Path, num_images: int, num_cells: int, channels: int) -> None:
-    """Make an empty store file to be filled through `writable`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shape = (num_images, num_cells, channels)
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape).flush()
+def fits(num_bytes: int, free_bytes: int) -> bool:
+    """Return whether features may take that much of a device's free memory: the other half is for training."""
+    return num_bytes < free_bytes / 2
+
+
+class StoreWriter:
+    """Fills rows of a store. A row is marked done only once its features are safely in the file.
+
+    Several processes may each fill their own rows. Leaving the context flushes, whatever happened in it.
+
+    Args:
+        folder: Of a store whose lock this run holds.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._features = np.lib.format.open_memmap(folder / FEATURES, mode="r+")
+        self._done = np.lib.format.open_memmap(folder / DONE, mode="r+")
+        self._unmarked: list[NDArray[np.int64]] = []
+        self._flushed_s = time.monotonic()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+
+    def put(self, rows: Tensor, features: Tensor) -> None:
+        """Write features (B, N, C) of rows (B,), and from time to time `flush`.
+
+        Raises:
+            OSError: if the disk fails.
+        """
+        self._features[rows.numpy()] = features.to(torch.float16).cpu().numpy()
+        self._unmarked.append(rows.numpy())
+        # Waiting for the disk after each batch would cost more than encoding a few of them again.
+        if time.monotonic() - self._flushed_s >= FLUSH_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until what was put is on the disk, and mark it done.
+
+        Raises:
+            OSError: if the disk fails.
+        """
+        if self._unmarked:
+            self._features.flush()
+            self._done[np.concatenate(self._unmarked)] = 1
+            self._done.flush()
+            self._unmarked.clear()
+        self._flushed_s = time.monotonic()
+
+
+def claim_store(
+    folder: Path, shape: tuple[int, int, int], about: Mapping[str, Any], warn: Callable[[str], None]
+) -> TextIO | None:
+    """Take the lock of a store, without waiting. A store that is missing or damaged is made anew first.
+
+    Args:
+        folder: Of the store.
+        shape: (I, N, C).
+        about: For people; JSON types.
+        warn: Told of a damaged store.
+
+    Returns:
+        The lock, to be closed when all rows are done; None while another run holds it.
+
+    Raises:
+        OSError: as `create_store`.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / LOCK).open("a") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # nobody else makes or removes a store meanwhile
+        for half_made in folder.parent.glob(".*.part"):
+            shutil.rmtree(half_made, ignore_errors=True)
+        if not folder.exists():
+            create_store(folder, shape, about)
+        lock = try_lock(folder / LOCK)
+        damage = find_damage(folder, shape) if lock is not None else None
+        if lock is None or damage is None:
+            return lock
+        warn(f"{damage}; the store is damaged and is made anew")
+        with lock:
+            _remove_store(folder)
+        create_store(folder, shape, about)
+        return try_lock(folder / LOCK)
+
+
+def create_store(folder: Path, shape: tuple[int, int, int], about: Mapping[str, Any]) -> None:
+    """Make a store without any row done; it appears whole or not at all.
+
+    Args:
+        folder: Of the store; must not be there.
+        shape: (I, N, C).
+        about: For people; JSON types.
+
+    Raises:
+        OSError: if the disk has not the space for all features; nothing is left behind.
+    """
+    staging = _staging(folder)
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        _allocate(staging / FEATURES, shape, np.float16)
+        _allocate(staging / DONE, shape[:1], np.uint8)
+        (staging / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        for path in (*staging.iterdir(), staging):
+            flush_to_disk(path)
+        os.rename(staging, folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    flush_to_disk(folder.parent)
+
+
+def _remove_store(folder: Path) -> None:
+    staging = _staging(folder)
+    os.rename(folder, staging)
+    shutil.rmtree(staging)
+
+
+def _staging(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.part")
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     # Take the space now: on a full disk a write through the map would kill the process without a word.
     if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def find_damage(folder: Path, shape: tuple[int, int, int]) -> str | None:
+    """Return what is wrong with the files of a store, or None."""
+    files: tuple[tuple[str, tuple[int, ...], type[np.generic]], ...] = (
+        (FEATURES, shape, np.float16),
+        (DONE, shape[:1], np.uint8),
+    )
+    for name, expected_shape, dtype in files:
         try:
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError:
-            path.unlink()
-            raise
+            array = np.lib.format.open_memmap(folder / name, mode="r")
+        except Exception as error:  # numpy's parser of headers raises more kinds than it says
+            return f"{folder / name}: {error}"
+        if array.shape != expected_shape or array.dtype != dtype:
+            return f"{folder / name}: holds {array.dtype} {array.shape}, should be {np.dtype(dtype)} {expected_shape}"
+    return None
 
 
-def writable(path: Path) -> NDArray[np.float16]:
-    """Map a store file for writing."""
-    return np.lib.format.open_memmap(path, mode="r+")
+def missing_rows(folder: Path) -> NDArray[np.int64]:
+    """Return the rows of a store that are not done, from first to last."""
+    return np.flatnonzero(np.load(folder / DONE) != 1)
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
@@ -72,24 +250,16 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-
-
-def store_key(settings: Mapping[str, Any], weights: Mapping[str, Tensor], photos: Sequence[Mapping[str, Any]]) -> str:
+def store_key(settings: Mapping[str, Any], weights: str, photos: Iterable[str]) -> str:
     """Return a name that changes with anything the features depend on.
 
     Args:
-        settings: Of encoder and preprocessing, JSON types.
-        weights: The encoder's tensors by name.
-        photos: The split's `image` column with `decode=False`; their bytes are read.
+        settings: Of encoder, preprocessing and views, JSON types.
+        weights: `weights_digest` of the encoder.
+        photos: Digest of each photo of the split, as `digest_photos` gives them.
     """
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    digest.update(weights_digest(weights).encode())
+    digest = hashlib.sha256(json.dumps({"version": VERSION, **settings}, sort_keys=True).encode())
+    digest.update(weights.encode())
     for photo in photos:
-        data = photo["bytes"] if photo["bytes"] is not None else _read(photo["path"])
-        digest.update(hashlib.blake2b(data, digest_size=16).digest())
+        digest.update(bytes.fromhex(photo))
     return digest.hexdigest()[:24]

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from capdist.config import DataSection
 from capdist.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -94,6 +95,18 @@ class Augmentation:
         """Change a photo, uint8 (3, height, width) to uint8 (3, S, S)."""
         changed: Tensor = self._transform(image)
         return changed
+
+
+def build_augmentation(data: DataSection) -> Augmentation | None:
+    """Return the augmentation of a recipe, or None if it has none."""
+    if not data.augments:
+        return None
+    return Augmentation(
+        data.image_size,
+        random_crop=data.random_crop,
+        horizontal_flip=data.horizontal_flip,
+        color_jitter=data.color_jitter,
+    )
 
 
 def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Image.Image:

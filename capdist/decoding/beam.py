@@ -62,10 +62,14 @@ def beam_search(
     searching = torch.ones_like(live.ended[:, :1])
     images = torch.arange(len(features), device=features.device)
     over: list[tuple[Tensor, Hypotheses]] = []  # images that have left, and their captions
-    state = decoder.reorder(decoder.init_state(features), torch.zeros_like(live.lengths))
-    tokens = torch.full_like(live.lengths, options.bos_id)
+    first = torch.zeros_like(live.lengths)
+    state = decoder.init_state(features)
+    tokens = torch.full_like(first[:, :1], options.bos_id)
     for position in range(options.max_length + 1):  # the last step can only end captions of full length
         logits, attention, state = decoder.step(tokens, state)
+        if position == 0:  # all beams start alike: one stands for all
+            logits, attention = gather_rows(logits, first), gather_rows(attention, first)
+            state = decoder.reorder(state, first)
         log_p = allowed_log_probabilities(logits, live.words, position, options)
         totals = live.totals.masked_fill(~searching, IMPOSSIBLE)
         best = _Continuations(*best_continuations(totals, log_p, 2 * options.beam_size))

@@ -133,7 +133,11 @@ def build_model(
         pad_id=pad_id,
     )
     encoder_module = Encoder(
-        backbone, grid=encoder.grid, trainable_from=encoder.trainable_from, batch_norm=encoder.batch_norm
+        backbone,
+        grid=encoder.grid,
+        trainable_from=encoder.trainable_from,
+        batch_norm=encoder.batch_norm,
+        gradient_checkpointing=encoder.gradient_checkpointing,
     )
     model = CaptionModel(encoder_module, decoder_module, encoder.projection)
     return model.to(memory_format=torch.channels_last)

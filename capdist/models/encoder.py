@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from capdist.errors import CheckpointError, StorageError, UsageError, nearest
+from capdist.models.folding import find_pairs, join
+from capdist.models.recomputation import check_recomputable, run_recomputing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -47,9 +49,15 @@ class Encoder(nn.Module):
         trainable_from: First block that trains, `all`, or None for a frozen encoder.
         batch_norm: Whether blocks that train use stored (`frozen`) or batch (`train`) statistics. Blocks that do
             not train always use the stored ones.
+        gradient_checkpointing: Recompute the activations of blocks that train in the backward pass.
+
+    Attributes:
+        network: Of the backbone. Where a convolution has a BatchNorm with stored statistics right behind it, the two
+            are computed as one; their names and parameters stay as they are.
+        pairs: Names of such convolutions and BatchNorms.
 
     Raises:
-        UsageError: if no block has the name `trainable_from`.
+        UsageError: if no block has the name `trainable_from`, or the network cannot recompute.
     """
 
     def __init__(
@@ -59,10 +67,16 @@ class Encoder(nn.Module):
         grid: int | None = None,
         trainable_from: str | None = None,
         batch_norm: Literal["frozen", "train"] = "frozen",
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.network = backbone.network
         self.channels, self.mean, self.std = backbone.channels, backbone.mean, backbone.std
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            check_recomputable(self.network)
+        self.pairs = find_pairs(self.network.eval())
+        join(self.network, self.pairs)
         self.pool = nn.AdaptiveAvgPool2d(grid) if grid else nn.Identity()
         self.batch_norm = batch_norm
         self._trainable = _trainable_modules(self.network, trainable_from)
@@ -100,8 +114,13 @@ class Encoder(nn.Module):
             Features (B, N, C), cells row by row.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            feature_map: Tensor = self.pool(self.network(pixel_values))
+            feature_map: Tensor = self.pool(self._run(pixel_values))
             return feature_map.flatten(2).transpose(1, 2).contiguous()
+
+    def _run(self, pixel_values: Tensor) -> Tensor:
+        recomputes = self.gradient_checkpointing and torch.is_grad_enabled()
+        feature_map: Tensor = run_recomputing(self.network, pixel_values) if recomputes else self.network(pixel_values)
+        return feature_map
 
 
 def _trainable_modules(network: nn.Module, trainable_from: str | None) -> list[nn.Module]:

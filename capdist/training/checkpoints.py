@@ -21,7 +21,8 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from capdist.errors import CheckpointError
-from capdist.model_folder import flush_to_disk, sha256
+from capdist.files import flush_to_disk
+from capdist.model_folder import sha256
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -244,8 +245,17 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         load_model(model, checkpoint / MODEL)
         state = _unflatten(load_file(checkpoint / OPTIMIZER))
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        _lay_out(optimizer)
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint}: does not fit this model ({str(error).splitlines()[0][:160]})") from None
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Lay each tensor out in memory as its parameter is: a fused optimizer goes through both in step."""
+    for parameter, state in optimizer.state.items():
+        for name, tensor in state.items():
+            if tensor.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
 
 
 def _flatten(state: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

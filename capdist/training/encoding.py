@@ -1,85 +1,231 @@
-"""The encoder pass: encode each photo of a split once, shared out over the processes, into the feature store."""
+"""The encoder pass: encode each photo of a split once, shared out over the processes, into its feature store.
+
+It can be stopped, or killed, at any time: the next one goes on with the photos that are missing.
+"""
 
 from __future__ import annotations
 
-import os
-import uuid
-from dataclasses import asdict
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capdist.config import Recipe
-from capdist.data.batches import PhotoDataset
-from capdist.data.features import FeatureStore, create_store, store_key, writable
+from capdist.data.batches import PhotoDataset, Views, build_views
+from capdist.data.features import (
+    VERSION,
+    FeatureStore,
+    StoreWriter,
+    claim_store,
+    missing_rows,
+    store_key,
+    weights_digest,
+)
 from capdist.data.images import Preprocessing
 from capdist.data.loaders import photo_batches
+from capdist.data.photo_digests import digest_photos
 from capdist.data.prepared import Split
 from capdist.models.caption_model import CaptionModel
-from capdist.training.launch import on_main
+from capdist.models.encoder_pass import EncoderPass, encoder_precision
+from capdist.training.compiling import CompilingEncoder
+from capdist.training.launch import on_main, raise_together
+from capdist.training.stopping import StopSignals
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
 
 
-def encode_split(
-    accelerator: Accelerator, model: CaptionModel, preprocessing: Preprocessing, split: Split, recipe: Recipe
-) -> FeatureStore:
-    """Return the features of a split, encoding its photos unless an earlier run has.
+@dataclass(frozen=True)
+class Encoded:
+    """A split of which every photo is encoded.
+
+    Attributes:
+        split: Its name.
+        store: Its features.
+        folder: Of the store.
+        unit: What a row is: `photo`, or `view` of one.
+        num_present: Rows that were there before.
+        seconds: That the others took.
+    """
+
+    split: str
+    store: FeatureStore
+    folder: Path
+    unit: str
+    num_present: int
+    seconds: float
+
+
+def encode_splits(
+    accelerator: Accelerator,
+    model: CaptionModel,
+    preprocessing: Preprocessing,
+    splits: Mapping[str, Split],
+    recipe: Recipe,
+) -> list[Encoded]:
+    """Return the features of splits, encoding the photos that no earlier run has.
 
     Args:
         accelerator: Of the launch.
         model: With a frozen encoder, on the device.
         preprocessing: Of photos.
-        split: Whose photos.
+        splits: Whose photos.
         recipe: Of the run; stores lie in `<output_dir>/.features/`, shared by its runs.
 
     Raises:
-        DataError: if a photo cannot be read.
+        DataError: if a photo cannot be read; what was encoded before is kept.
+        Stopped: after a signal; likewise.
+        OSError: if the disk has not the space.
     """
-    encoder = recipe.encoder
-    settings = {
-        "encoder": {"name": encoder.name, "stage": encoder.stage, "grid": encoder.grid},
-        "preprocessing": asdict(preprocessing),
-        "mixed_precision": accelerator.mixed_precision,
-    }
-    key = on_main(accelerator, lambda: store_key(settings, model.encoder.state_dict(), split.photos))
-    path = Path(recipe.run.output_dir, ".features", f"{key}.npy")
-    if not on_main(accelerator, path.exists):
-        _encode(accelerator, model, preprocessing, split, recipe, path)
-    return FeatureStore.open(path)
+    with StopSignals() as signals:
+        encoder = _SplitEncoder(accelerator, model, preprocessing, recipe, signals)
+        return [encoder.encode(split) for split in splits.values()]
 
 
-@torch.inference_mode()
-def _encode(
-    accelerator: Accelerator,
-    model: CaptionModel,
-    preprocessing: Preprocessing,
-    split: Split,
-    recipe: Recipe,
-    path: Path,
-) -> None:
-    # A name of this launch alone: another run of the same encoder may be filling its own.
-    staging = on_main(accelerator, lambda: path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.part"))
-    blank = torch.zeros(1, 3, preprocessing.image_size, preprocessing.image_size, device=accelerator.device)
-    _, num_cells, channels = model.encode(blank).shape
-    on_main(accelerator, lambda: create_store(staging, len(split.photos), num_cells, channels))
-    store = writable(staging)
-    rows = range(accelerator.process_index, len(split.photos), accelerator.num_processes)
-    batches = photo_batches(
-        PhotoDataset(split.photos, preprocessing),
-        rows,
-        batch_size=recipe.evaluation.batch_size,
-        num_workers=recipe.data.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    with tqdm(
-        total=len(rows), desc=f"encode {split.name}", unit="photo", disable=not accelerator.is_main_process
-    ) as progress:
-        for batch_rows, images in batches:
-            with accelerator.autocast():
-                features = model.encode(preprocessing.normalize(images.to(accelerator.device)))
-            store[batch_rows.numpy()] = features.to(torch.float16).cpu().numpy()
-            progress.update(len(batch_rows))
-    store.flush()  # type: ignore[attr-defined]
-    accelerator.wait_for_everyone()
-    on_main(accelerator, lambda: os.replace(staging, path))
+def _unit(dataset: PhotoDataset) -> str:
+    return "photo" if dataset.views is None else "view"
+
+
+class _SplitEncoder:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: CaptionModel,
+        preprocessing: Preprocessing,
+        recipe: Recipe,
+        signals: StopSignals,
+    ) -> None:
+        self.accelerator, self.preprocessing = accelerator, preprocessing
+        self.recipe, self.signals = recipe, signals
+        self.root = Path(recipe.run.output_dir, ".features")
+        self.settings: dict[str, Any] = {
+            "encoder": recipe.encoder.model_dump(include={"name", "stage", "grid"}),
+            "preprocessing": asdict(preprocessing),
+            "precision": encoder_precision(recipe.encoder, accelerator.device, str(accelerator.mixed_precision)),
+        }
+        self.weights = on_main(accelerator, lambda: weights_digest(model.encoder.state_dict()))
+        plain = EncoderPass(model.encoder, self.settings["precision"])
+        self.encoder = CompilingEncoder(plain, recipe.encoder.compile)
+        blank = torch.zeros(1, 3, preprocessing.image_size, preprocessing.image_size, device=accelerator.device)
+        _, *self.grid = plain(blank).shape
+
+    def encode(self, split: Split) -> Encoded:
+        views = build_views(self.recipe) if split.name == "train" else None
+        dataset = PhotoDataset(split.photos, self.preprocessing, views)
+        settings = self.settings | {"views": None if views is None else self._describe(views)}
+        folder = self.root / on_main(self.accelerator, lambda: self._key(split, settings))
+        self._stop_if_told()
+        with self._claim(folder, split.name, len(dataset), settings):
+            missing = on_main(self.accelerator, lambda: missing_rows(folder).tolist())
+            num_present = len(dataset) - len(missing)
+            logger.info(f"features of {split.name}: {num_present:,} of {len(dataset):,} are in {folder}")
+            started_s = time.perf_counter()
+            if missing:
+                self._fill(folder, split.name, dataset, missing)
+            self._stop_if_told()
+        seconds = time.perf_counter() - started_s
+        return Encoded(split.name, FeatureStore.open(folder), folder, _unit(dataset), num_present, seconds)
+
+    def _describe(self, views: Views) -> dict[str, Any]:
+        augmentation = self.recipe.data.model_dump(include={"random_crop", "horizontal_flip", "color_jitter"})
+        return augmentation | {"count": views.count, "seed": views.seed}
+
+    def _key(self, split: Split, settings: Mapping[str, Any]) -> str:
+        photos = tqdm(split.photos, desc=f"read {split.name}", unit="photo", leave=False, delay=1)
+        # Cut short by a signal the key is wrong, and not used.
+        until_told = takewhile(lambda _: not self.signals.received, photos)
+        return store_key(settings, self.weights, digest_photos(until_told, self.root / "photo_digests.json"))
+
+    @contextmanager
+    def _claim(self, folder: Path, split: str, num_rows: int, settings: Mapping[str, Any]) -> Iterator[None]:
+        """Hold a store that is whole, waiting for another run that fills it."""
+        num_cells, channels = self.grid
+        shape = {"rows": num_rows, "cells": num_cells, "channels": channels}
+        about = {"version": VERSION, "split": split, **shape, **settings}
+
+        held = ExitStack()
+
+        def claim() -> bool:
+            lock = claim_store(folder, (num_rows, num_cells, channels), about, logger.warning)
+            if lock is not None:
+                held.enter_context(lock)
+            return lock is not None
+
+        with held:
+            is_waiting = False
+            while not on_main(self.accelerator, claim):
+                if not is_waiting:
+                    logger.info(f"features of {split}: another run is making them in {folder}; waiting for it")
+                is_waiting = True
+                self._stop_if_told()
+                time.sleep(_POLL_S)
+            yield
+
+    def _fill(self, folder: Path, split: str, dataset: PhotoDataset, missing: Sequence[int]) -> None:
+        batch_size, world = self.recipe.evaluation.batch_size, self.accelerator.num_processes
+        batches = photo_batches(
+            dataset,
+            missing[self.accelerator.process_index :: world],
+            batch_size=batch_size,
+            num_workers=self.recipe.data.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        progress = tqdm(
+            total=len(dataset), initial=len(dataset) - len(missing), desc=f"encode {split}",
+            unit=_unit(dataset), disable=not self.accelerator.is_main_process,
+        )  # fmt: skip
+        num_rounds = math.ceil(len(missing) / (batch_size * world))
+        with logging_redirect_tqdm(), progress, StoreWriter(folder) as writer:
+            error = self._encode_all(batches, num_rounds, writer, progress)
+        raise_together(error)
+
+    def _encode_all(
+        self, batches: Iterator[tuple[Tensor, Tensor]], num_rounds: int, writer: StoreWriter, progress: Any
+    ) -> Exception | None:
+        """Encode this process's batches until any process fails or is told to stop; return the error of this one."""
+        error = None
+        for remaining in range(num_rounds, 0, -1):
+            encoded = 0
+            try:
+                encoded = self._encode_next(batches, writer, remaining * self.recipe.evaluation.batch_size)
+            except Exception as caught:
+                error = caught
+            num_encoded, ends = self._add_up(encoded, error is not None or self.signals.received > 0)
+            progress.update(num_encoded)
+            if ends:
+                break
+        return error
+
+    def _encode_next(self, batches: Iterator[tuple[Tensor, Tensor]], writer: StoreWriter, remaining: int) -> int:
+        """Encode this process's next batch; those with fewer photos run out one batch before the others."""
+        rows, images = next(batches, (None, None))
+        if rows is None or images is None:
+            return 0
+        pixel_values = self.preprocessing.normalize(images.to(self.accelerator.device, non_blocking=True))
+        writer.put(rows, self.encoder(pixel_values, remaining))
+        return len(rows)
+
+    def _add_up(self, encoded: int, ends: bool) -> tuple[int, bool]:
+        """Return the photos that all processes encoded, and whether any of them ends here."""
+        mine = torch.tensor([encoded, int(ends)], device=self.accelerator.device)
+        num_encoded, num_ending = self.accelerator.reduce(mine, "sum").tolist()
+        return num_encoded, num_ending > 0
+
+    def _stop_if_told(self) -> None:
+        if self.signals.agreed(self.accelerator):
+            raise self.signals.stopped(
+                self.accelerator,
+                "in the encoder pass; the photos encoded so far are kept, and the same command goes on from there",
+            )

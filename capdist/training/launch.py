@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -19,10 +18,13 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
 )
 
 from capdist.config import Recipe
 from capdist.errors import UsageError
+from capdist.files import try_lock
+from capdist.processor import keep_freed_memory
 
 T = TypeVar("T")
 
@@ -66,6 +68,8 @@ def build_accelerator(recipe: Recipe | None = None, *, threads: int | None = Non
     torch.set_num_threads(threads or max(1, _processors() // local_processes))
     # Attention weights and Adam's second moments decay into denormals, on which processors are ten times slower.
     torch.set_flush_denormal(True)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
@@ -97,11 +101,10 @@ def exclusive(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def _lock(folder: Path, stack: ExitStack) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context((folder / ".lock").open("w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{folder}: another run is writing there; wait, or choose another run.name") from None
+    lock = try_lock(folder / ".lock")
+    if lock is None:
+        raise UsageError(f"{folder}: another run is writing there; wait, or choose another run.name")
+    stack.enter_context(lock)
 
 
 def _processors() -> int:
@@ -129,3 +132,14 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
         raise outcome[1]
     value: T = outcome[0]
     return value
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raise, in every process, the error of the first process that has one. All must call it together.
+
+    Args:
+        error: Of this process, picklable if there are several.
+    """
+    for found in gather_object([error]):
+        if found is not None:
+            raise found

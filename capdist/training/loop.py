@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,12 +16,11 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capdist.config import Recipe
-from capdist.data.batches import CaptionBatch, CaptionDataset, Collator
+from capdist.data.batches import CaptionBatch, CaptionDataset, Collator, build_views
 from capdist.data.features import FeatureStore
-from capdist.data.images import Augmentation, Preprocessing
+from capdist.data.images import Preprocessing, build_augmentation
 from capdist.data.loaders import Plan, training_batches
 from capdist.data.prepared import PreparedData
-from capdist.errors import Stopped
 from capdist.model_folder import SEARCH_KEYS, TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
 from capdist.training.checkpoints import (
@@ -122,20 +120,14 @@ class Loop:
         self.dataset = self._dataset()
 
     def _dataset(self) -> CaptionDataset:
-        data = self.recipe.data
-        augmentation = Augmentation(
-            data.image_size,
-            random_crop=data.random_crop,
-            horizontal_flip=data.horizontal_flip,
-            color_jitter=data.color_jitter,
-        )
         return CaptionDataset(
             None if "train" in self.features else self.data.splits["train"].photos,
             self.data.captions,
             self.preprocessing,
-            augmentation if data.augments else None,
-            data.captions_per_image,
+            build_augmentation(self.recipe.data),
+            self.recipe.data.captions_per_image,
             self.recipe.run.seed,
+            build_views(self.recipe),
         )
 
     def restore(self) -> None:
@@ -205,7 +197,9 @@ class Loop:
                 if self._checkpoint_is_due() or report.stop:
                     self._save()
                 if report.stop:
-                    raise self._stopped(signals)
+                    raise signals.stopped(
+                        self.accelerator, f"after step {self.state.step}; checkpoint saved, --resume continues"
+                    )
         if self._saved_step != self.state.step:
             self._save()  # patience ended the run between two checkpoints
         return self.state
@@ -296,10 +290,3 @@ class Loop:
 
         on_main(self.accelerator, save)
         self._saved_step = self.state.step
-
-    def _stopped(self, signals: StopSignals) -> Stopped:
-        # A process that heard of the signal from another one reports the usual one of schedulers.
-        number = on_main(self.accelerator, lambda: signals.received) or signals.received or signal.SIGTERM
-        return Stopped(
-            number, f"stopped by signal {number} after step {self.state.step}; checkpoint saved, --resume continues"
-        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -116,10 +117,10 @@ class TrainStep:
         loss: Tensor = cross_entropy + training.doubly_stochastic * doubly_stochastic
         return loss
 
-    def _inputs(self, batch: CaptionBatch) -> dict[str, Tensor]:
-        features = self.features.features(batch.image_rows) if self.features is not None else None
+    def _inputs(self, batch: CaptionBatch) -> dict[str, Any]:
+        features = self.features.features(batch.feature_rows) if self.features is not None else None
         batch = batch.to(self.accelerator.device)
-        inputs = {"input_ids": batch.input_ids, "labels": batch.labels}
+        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels, "lengths": batch.lengths}
         if features is not None:
             return inputs | {"features": features.to(self.accelerator.device, non_blocking=True)}
         assert batch.images is not None

@@ -6,6 +6,12 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
+from capdist.errors import Stopped
+from capdist.training.launch import on_main
+
 
 class StopSignals:
     """Note SIGTERM and SIGINT instead of dying of them; a second one ends the process at once.
@@ -29,6 +35,22 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def agreed(self, accelerator: Accelerator) -> bool:
+        """Return whether any process was told to stop. All must call it together."""
+        told = torch.tensor(int(self.received > 0), device=accelerator.device)
+        return bool(accelerator.reduce(told, "sum"))
+
+    def stopped(self, accelerator: Accelerator, where: str) -> Stopped:
+        """Return the error that ends every process. All must call it together, once they agreed to stop.
+
+        Args:
+            accelerator: Of the launch.
+            where: Where that was, and how the work goes on.
+        """
+        # A process that heard of the signal from another one reports the usual one of schedulers.
+        number = on_main(accelerator, lambda: self.received) or self.received or signal.SIGTERM
+        return Stopped(number, f"stopped by signal {number} {where}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:

@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "capdist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    ("errors",), ("config", "recipe_file"), ("text",), ("data",), ("models",), ("decoding",), ("metrics",),
-    ("model_folder",), ("training",), ("inference",), ("launcher", "cli", "train"),
+    ("errors", "files", "processor"), ("config", "recipe_file"), ("text",), ("data",), ("models",), ("decoding",),
+    ("metrics",), ("model_folder",), ("training",), ("inference", "benchmark"), ("launcher", "cli", "train"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
@@ -58,8 +58,8 @@ def test_imports_run_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("library", "allowed"),
-    [("accelerate", ("training", "launcher")), ("wandb", ("training",)), ("torch", ("data", "models",
-      "decoding", "training", "inference", "train", "model_folder"))],
+    [("accelerate", ("training", "launcher", "benchmark")), ("wandb", ("training",)), ("torch", ("data", "models",
+      "decoding", "training", "inference", "benchmark", "train", "model_folder"))],
 )  # fmt: skip
 def test_libraries_stay_where_they_belong(library: str, allowed: tuple[str, ...]) -> None:
     for path in MODULES:

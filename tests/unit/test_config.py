@@ -420,6 +420,10 @@ def test_an_override_with_a_bad_tag_is_a_mistake(recipe_file: Path) -> None:
         (["evaluation.min_length=21"], "evaluation.min_length"),
         (["data.source=folder"], "data.path"),
         (["training.encoder_learning_rate=1e-4"], "training.encoder_learning_rate"),
+        (["encoder.cache_views=4"], "encoder.cache_views"),
+        (["encoder.cache_views=4", "data.random_crop=0.5", "encoder.cache=off"], "encoder.cache_views"),
+        (["encoder.cache_views=4", "data.random_crop=0.5", "encoder.trainable_from=all"], "encoder.cache_views"),
+        (["encoder.cache_views=4", "encoder.trainable_from=all", "encoder.cache=off"], "encoder.cache_views"),
     ],
 )
 def test_combinations_that_cannot_be(recipe_file: Path, overrides: list[str], key: str) -> None:
@@ -463,9 +467,11 @@ def test_combinations_are_all_named_at_their_lines(recipe_file: Path) -> None:
         (["data.random_crop=0.9"], False),
         (["data.horizontal_flip=true"], False),
         (["data.color_jitter=0.1"], False),
+        (["data.color_jitter=0.1", "encoder.cache_views=1"], True),
+        (["data.horizontal_flip=true", "encoder.cache_views=9"], True),
     ],
 )
-def test_features_are_cached_only_if_photos_always_look_the_same(
+def test_features_are_cached_only_if_photos_look_the_same_or_in_a_few_views(
     recipe_file: Path, overrides: list[str], caches: bool
 ) -> None:
     assert _load(recipe_file, "", *overrides).caches_features is caches

@@ -16,7 +16,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from capdist.data.batches import CaptionBatch, CaptionDataset, Collator, Sample, SampleKey, collate_photos
+from capdist.data.batches import (
+    CaptionBatch,
+    CaptionDataset,
+    Collator,
+    PhotoDataset,
+    Sample,
+    SampleKey,
+    Views,
+    collate_photos,
+)
 from capdist.data.captions import CaptionTable, seed_of, tokenize_images
 from capdist.data.images import Augmentation, Preprocessing
 from capdist.errors import DataError
@@ -105,7 +114,7 @@ def _collate(captions_per_image: int, *samples: Sample) -> CaptionBatch:
 
 def test_a_batch_by_hand() -> None:
     batch = _collate(2, _sample(7, [A, DOG, EOS], [CAT, EOS]), _sample(3, [A, DOG, RUNS, FAST]))
-    assert batch.image_rows.tolist() == [7, 3]
+    assert batch.feature_rows.tolist() == [7, 3]
     assert batch.images is None
     assert batch.input_ids.tolist() == [
         [BOS, A, DOG, PAD],
@@ -121,7 +130,7 @@ def test_a_batch_by_hand() -> None:
     ]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
     assert (batch.num_tokens, batch.num_captions) == (9, 3)
-    assert {t.dtype for t in (batch.input_ids, batch.labels, batch.attention_mask, batch.image_rows)} == {torch.int64}
+    assert {t.dtype for t in (batch.input_ids, batch.labels, batch.attention_mask, batch.feature_rows)} == {torch.int64}
 
 
 @pytest.mark.parametrize("captions_per_image", [1, 2, 5])
@@ -210,7 +219,7 @@ def _get(dataset: CaptionDataset, key: SampleKey) -> Sample:
 
 
 def _assert_same(some: Sample, other: Sample) -> None:
-    assert some.image == other.image
+    assert some.feature_row == other.feature_row
     assert [c.tolist() for c in some.captions] == [c.tolist() for c in other.captions]
     if some.pixels is None or other.pixels is None:
         assert some.pixels is other.pixels
@@ -293,6 +302,70 @@ def test_a_filler_has_a_photo_and_no_captions() -> None:
 
 def test_cached_features_need_no_photo() -> None:
     assert _get(_dataset(photos=False), SampleKey(0, 3, 0)).pixels is None
+
+
+# --- cached views ---------------------------------------------------------------------------------------------------
+
+
+def _views(count: int = 4, seed: int = 1) -> Views:
+    return Views(Augmentation(SIZE, random_crop=0.3, horizontal_flip=True, color_jitter=0.5), count, seed)
+
+
+def _rows(count: int, epoch: int) -> list[int]:
+    photos = _dataset(photos=False)
+    dataset = CaptionDataset(None, photos.captions, PREPROCESSING, None, 2, seed=1, views=_views(count))
+    return [_get(dataset, SampleKey(epoch, image, 0)).feature_row for image in range(len(COUNTS))]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_image_goes_through_all_its_views_before_one_comes_again(count: int) -> None:
+    epochs = [_rows(count, epoch) for epoch in range(2 * count)]
+    for image in range(len(COUNTS)):
+        own = set(range(image * count, (image + 1) * count))
+        assert {rows[image] for rows in epochs[:count]} == own
+        assert {rows[image] for rows in epochs[1 : count + 1]} == own
+    assert epochs[:count] == epochs[count:]
+
+
+def test_parts_of_an_image_show_the_same_view_and_images_start_with_different_ones() -> None:
+    dataset = CaptionDataset(None, _captions(COUNTS), PREPROCESSING, None, 2, seed=1, views=_views(count=3))
+    assert len({_get(dataset, SampleKey(5, 4, part)).feature_row for part in range(4)}) == 1
+    assert {row % 3 for row in (_views(3).row(image, epoch=0) for image in range(30))} == {0, 1, 2}
+
+
+def test_without_views_the_feature_row_is_that_of_the_split() -> None:
+    assert [_get(_dataset(), SampleKey(3, image, 0)).feature_row for image in range(8)] == list(range(8))
+
+
+def _pixels(dataset: PhotoDataset, row: int) -> bytes:
+    item = dataset[row]
+    assert not isinstance(item, DataError)
+    assert item[0] == row
+    assert item[1].shape == (3, SIZE, SIZE)
+    return item[1].numpy().tobytes()
+
+
+def test_a_view_is_a_function_of_seed_image_and_number() -> None:
+    photos = [_photo(0), _photo(1), _photo(0)]
+    dataset = PhotoDataset(photos, PREPROCESSING, _views())
+    assert len(dataset) == 12
+    views = [_pixels(dataset, row) for row in range(12)]
+    assert len(set(views)) == 12, "the same photo in two rows has views of its own, too"
+    again = pickle.loads(pickle.dumps(PhotoDataset(photos, PREPROCESSING, _views())))
+    torch.manual_seed(4)
+    before = torch.random.get_rng_state()
+    assert [_pixels(again, row) for row in reversed(range(12))] == views[::-1]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert _pixels(PhotoDataset(photos, PREPROCESSING, _views(seed=2)), 0) not in views
+    # A view keeps its place: with more of them, each image's first ones are the same.
+    more = PhotoDataset(photos, PREPROCESSING, _views(count=6))
+    assert [_pixels(more, 6 + view) for view in range(4)] == views[4:8]
+
+
+def test_photos_without_views_are_whole() -> None:
+    dataset = PhotoDataset([_photo(0), _photo(1)], PREPROCESSING)
+    assert len(dataset) == 2
+    assert _pixels(dataset, 1) == PREPROCESSING.load(_photo(1)).numpy().tobytes()
 
 
 # --- in workers -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,12 @@
-"""The feature store: what goes in comes out, and another run never gets features that are not its own."""
+"""The feature store: what goes in comes out, half a store is never taken for a whole one, and no run gets another's."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +15,23 @@ import numpy as np
 import pytest
 import torch
 
-from capdist.data.features import FeatureStore, create_store, store_key, writable
+from capdist.data import features as module
+from capdist.data.features import (
+    FeatureStore,
+    StoreWriter,
+    claim_store,
+    create_store,
+    find_damage,
+    fits,
+    missing_rows,
+    store_key,
+    weights_digest,
+)
+from capdist.data.photo_digests import digest_photos
 from capdist.errors import DataError
 
 SHAPE = (7, 9, 5)
+ABOUT = {"encoder": "resnet18", "rows": 7}
 
 
 def _features() -> torch.Tensor:
@@ -21,21 +39,32 @@ def _features() -> torch.Tensor:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "absent" / "folder" / "store.npy"
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "absent" / "features" / "store"
 
 
-def _fill(path: Path, features: torch.Tensor) -> None:
-    create_store(path, *features.shape)
-    store = writable(path)
-    store[:] = features.half().numpy()
-    store.flush()  # type: ignore[attr-defined]
+def _fill(folder: Path, features: torch.Tensor, rows: range = range(7)) -> None:
+    if not folder.exists():
+        create_store(folder, SHAPE, ABOUT)
+    with StoreWriter(folder) as writer:
+        writer.put(torch.tensor(rows), features[rows.start : rows.stop])
 
 
-def test_round_trip_in_half_precision(path: Path) -> None:
+def _refuse(warning: str) -> None:
+    raise AssertionError(f"nothing is wrong, but: {warning}")
+
+
+def _claim(folder: Path, warn: Callable[[str], None] = _refuse) -> Any:
+    return claim_store(folder, SHAPE, ABOUT, warn)
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_in_half_precision(folder: Path) -> None:
     features = _features()
-    _fill(path, features)
-    store = FeatureStore.open(path)
+    _fill(folder, features)
+    store = FeatureStore.open(folder)
     assert len(store) == 7
     rows = torch.tensor([3, 0, 6, 3])
     found = store.features(rows)
@@ -46,14 +75,14 @@ def test_round_trip_in_half_precision(path: Path) -> None:
     assert ((found - features[rows]).abs() <= features[rows].abs() * 2**-11 + 2**-25).all()
 
 
-def test_no_rows(path: Path) -> None:
-    _fill(path, _features())
-    assert FeatureStore.open(path).features(torch.tensor([], dtype=torch.long)).shape == (0, 9, 5)
+def test_no_rows(folder: Path) -> None:
+    _fill(folder, _features())
+    assert FeatureStore.open(folder).features(torch.tensor([], dtype=torch.long)).shape == (0, 9, 5)
 
 
-def test_features_are_a_copy_and_the_store_is_read_only(path: Path) -> None:
-    _fill(path, _features())
-    store = FeatureStore.open(path)
+def test_features_are_a_copy_and_the_store_is_read_only(folder: Path) -> None:
+    _fill(folder, _features())
+    store = FeatureStore.open(folder)
     before = store.features(torch.tensor([1]))
     store.features(torch.tensor([1])).zero_()
     assert torch.equal(store.features(torch.tensor([1])), before)
@@ -61,37 +90,219 @@ def test_features_are_a_copy_and_the_store_is_read_only(path: Path) -> None:
         store.array[0] = 0
 
 
-def test_the_store_is_mapped_not_read(path: Path) -> None:
-    _fill(path, _features())
-    assert isinstance(FeatureStore.open(path).array, np.memmap)
+def test_the_store_is_mapped_not_read_and_the_processor_holds_no_copy(folder: Path) -> None:
+    _fill(folder, _features())
+    store = FeatureStore.open(folder)
+    assert isinstance(store.array, np.memmap)
+    assert not store.hold(torch.device("cpu"))
+    # What is changed in the file behind its back is seen: there is no other copy.
+    np.lib.format.open_memmap(folder / "features.npy", mode="r+")[2] = 4
+    assert (store.features(torch.tensor([2])) == 4).all()
 
 
-def test_processes_fill_their_own_rows(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_bytes", "free_bytes", "fit"), [(0, 1, True), (49, 100, True), (50, 100, False), (2**40, 2**36, False)]
+)
+def test_features_may_take_less_than_half_of_what_is_free(num_bytes: int, free_bytes: int, fit: bool) -> None:
+    assert fits(num_bytes, free_bytes) is fit
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("free_bytes", [2**40, 0])
+def test_a_cuda_device_gives_the_same_features(folder: Path, monkeypatch: pytest.MonkeyPatch, free_bytes: int) -> None:
+    _fill(folder, _features())
+    rows = torch.tensor([3, 0, 6, 3])
+    expected = FeatureStore.open(folder).features(rows)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 2**40))
+    store = FeatureStore.open(folder)
+    assert store.hold(torch.device("cuda")) is (free_bytes > 0)
+    found = store.features(rows)
+    assert found.device.type == "cuda"
+    assert torch.equal(found.cpu(), expected)
+
+
+# --- filling --------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_store_says_what_it_is_and_has_no_row(folder: Path) -> None:
+    create_store(folder, SHAPE, ABOUT)
+    assert json.loads((folder / "about.json").read_text()) == ABOUT
+    assert missing_rows(folder).tolist() == list(range(7))
+    assert find_damage(folder, SHAPE) is None
+    assert [path.name for path in folder.parent.iterdir()] == ["store"]
+
+
+def test_the_space_is_taken_up_front(folder: Path) -> None:
+    create_store(folder, (100, 64, 64), ABOUT)
+    assert (folder / "features.npy").stat().st_blocks * 512 >= 100 * 64 * 64 * 2
+
+
+def test_processes_fill_their_own_rows(folder: Path) -> None:
     features = _features()
-    create_store(path, *SHAPE)
-    maps = [writable(path) for _ in range(3)]
-    for rank, array in enumerate(maps):
-        rows = np.arange(rank, 7, 3)
-        array[rows] = features.half().numpy()[rows]
-    for array in maps:
-        array.flush()  # type: ignore[attr-defined]
-    assert torch.equal(FeatureStore.open(path).features(torch.arange(7)), features.half().float())
+    create_store(folder, SHAPE, ABOUT)
+    writers = [StoreWriter(folder) for _ in range(3)]
+    for rank, writer in enumerate(writers):
+        rows = torch.arange(rank, 7, 3)
+        writer.put(rows, features[rows])
+    for rank, writer in enumerate(writers):
+        writer.flush()
+        assert missing_rows(folder).tolist() == [row for row in range(7) if row % 3 > rank]
+    assert torch.equal(FeatureStore.open(folder).features(torch.arange(7)), features.half().float())
 
 
-def test_a_new_store_is_empty_even_over_an_old_one(path: Path) -> None:
-    _fill(path, _features())
-    create_store(path, 2, 3, 4)
-    store = FeatureStore.open(path)
-    assert store.array.shape == (2, 3, 4)
-    assert not store.array.any()
+@pytest.mark.parametrize(("every_s", "missing"), [(0.0, [3, 4, 5, 6]), (3600.0, list(range(7)))])
+def test_rows_are_marked_from_time_to_time_and_at_the_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, every_s: float, missing: list[int]
+) -> None:
+    monkeypatch.setattr(module, "FLUSH_EVERY_S", every_s)
+    create_store(folder, SHAPE, ABOUT)
+    with StoreWriter(folder) as writer:
+        writer.put(torch.arange(2), _features()[:2])
+        writer.put(torch.tensor([2]), _features()[2:3])
+        assert missing_rows(folder).tolist() == missing
+    assert missing_rows(folder).tolist() == [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY"])
-def test_half_a_file_is_no_store(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "store.npy"
-    path.write_bytes(content)
-    with pytest.raises((ValueError, EOFError, OSError)):
-        FeatureStore.open(path)
+def test_a_failure_keeps_what_was_put_before(folder: Path) -> None:
+    create_store(folder, SHAPE, ABOUT)
+
+    def fill() -> None:
+        with StoreWriter(folder) as writer:
+            writer.put(torch.arange(5), _features()[:5])
+            raise RuntimeError("the photo is broken")
+
+    with pytest.raises(RuntimeError, match="the photo is broken"):
+        fill()
+    assert missing_rows(folder).tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("fails", ["never", "features.npy", "done.npy"])
+def test_no_row_is_marked_before_its_features_are_on_the_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    create_store(folder, SHAPE, ABOUT)
+    flushes = []
+    flush = np.memmap.flush
+
+    def watch(array: np.memmap[Any, Any]) -> None:
+        name = Path(str(array.filename)).name
+        flushes.append((name, missing_rows(folder).tolist()))
+        if name == fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        flush(array)
+
+    monkeypatch.setattr(np.memmap, "flush", watch)
+    writer = StoreWriter(folder)
+    writer.put(torch.arange(6), _features()[:6])
+    if fails == "never":
+        writer.flush()
+    else:
+        with pytest.raises(OSError, match="Input/output"):
+            writer.flush()
+    expected = [("features.npy", list(range(7))), ("done.npy", [6])]
+    assert flushes == expected[: 1 if fails == "features.npy" else 2]
+
+
+def test_a_full_disk_leaves_nothing(folder: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            claim_store(folder, (100, 64, 64), ABOUT, _refuse)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert [path.name for path in folder.parent.iterdir()] == [".lock"]
+    assert claim_store(folder, (100, 64, 64), ABOUT, _refuse) is not None
+
+
+# --- claiming -------------------------------------------------------------------------------------------------------
+
+
+def test_one_claim_at_a_time(folder: Path) -> None:
+    held = _claim(folder)
+    assert held is not None
+    assert _claim(folder) is None
+    held.close()
+    again = _claim(folder)
+    assert again is not None
+    again.close()
+
+
+def test_the_claim_of_a_dead_process_is_void(folder: Path) -> None:
+    process = os.fork()
+    if not process:
+        held = _claim(folder)
+        os._exit(0 if held is not None else 1)  # without closing anything
+    assert os.waitpid(process, 0)[1] == 0
+    assert _claim(folder) is not None
+
+
+def test_a_store_is_left_as_it_is_when_claimed_again(folder: Path) -> None:
+    _claim(folder).close()
+    _fill(folder, _features(), range(3))
+    _claim(folder).close()
+    assert missing_rows(folder).tolist() == [3, 4, 5, 6]
+    assert torch.equal(FeatureStore.open(folder).features(torch.arange(3)), _features()[:3].half().float())
+
+
+def test_what_killed_creations_left_is_cleared_away(folder: Path) -> None:
+    create_store(folder, SHAPE, ABOUT)
+    for name in ("store", "other"):
+        shutil.copytree(folder, folder.with_name(f".{name}.part"))
+    shutil.rmtree(folder)
+    (folder.with_name(".store.part") / "features.npy").write_bytes(b"half")
+    _claim(folder).close()
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "store"]
+    assert find_damage(folder, SHAPE) is None
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _shrink(path: Path) -> None:
+    array = np.load(path)
+    np.save(path, array[:-1])
+
+
+def _widen(path: Path) -> None:
+    np.save(path, np.load(path).astype(np.int32))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _truncate, _shrink, _widen, Path.unlink,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\x93NUMPY"),
+        lambda path: path.write_bytes(b"\x93NUMPY\x01\x00v\x00" + b"{(" * 59),
+        lambda path: path.write_bytes(bytes(5000)),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+    ids=["truncated", "fewer rows", "other type", "missing", "empty", "magic only", "header", "zeros", "folder"],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["features.npy", "done.npy"])
+def test_a_damaged_store_is_made_anew_with_a_warning(folder: Path, name: str, damage: Callable[[Path], None]) -> None:
+    _fill(folder, _features())
+    damage(folder / name)
+    warnings: list[str] = []
+    held = _claim(folder, warnings.append)
+    assert held is not None
+    assert _claim(folder) is None, "the new store is held, not the one that is gone"
+    (warning,) = warnings
+    assert warning.startswith(f"{folder / name}: ")
+    assert missing_rows(folder).tolist() == list(range(7))
+    assert find_damage(folder, SHAPE) is None
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "store"]
+
+
+def test_damage_is_left_alone_while_another_run_holds_the_store(folder: Path) -> None:
+    held = _claim(folder)
+    (folder / "features.npy").write_bytes(b"")
+    assert _claim(folder) is None
+    held.close()
+    assert (folder / "features.npy").stat().st_size == 0
 
 
 # --- the key --------------------------------------------------------------------------------------------------------
@@ -121,8 +332,8 @@ def _key(
 ) -> str:
     return store_key(
         _settings() if settings is None else settings,
-        _weights() if weights is None else weights,
-        _photos() if photos is None else photos,
+        weights_digest(_weights() if weights is None else weights),
+        digest_photos(_photos() if photos is None else photos, Path(os.devnull)),
     )
 
 

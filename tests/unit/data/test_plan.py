@@ -231,7 +231,7 @@ def test_training_batches_follow_the_plan_across_epochs(plan: Plan) -> None:
     for rank in range(2):
         micro_batches = [keys for step in steps for keys in plan.keys(step, rank)]
         batches = _batches(plan, steps, rank=rank)
-        assert [batch.image_rows.tolist() for batch in batches] == [[k.image for k in keys] for keys in micro_batches]
+        assert [batch.feature_rows.tolist() for batch in batches] == [[k.image for k in keys] for keys in micro_batches]
         for batch, keys in zip(batches, micro_batches, strict=True):
             shown = [min(2, COUNTS[key.image] - 2 * key.part) * (not key.is_filler) for key in keys]
             assert batch.num_captions == sum(shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import time
@@ -49,8 +50,14 @@ def _cells(feature_map: Tensor) -> Tensor:
     return torch.stack([feature_map[:, :, y, x] for y in range(height) for x in range(width)], dim=1)
 
 
+def _features(encoder: Encoder, photos: Tensor) -> Tensor:
+    """Return features in float64: what is computed in another order is then far from what is computed wrongly."""
+    return encoder.double()(photos.double())
+
+
 @torch.no_grad()
 def _torchvision_map(network: Any, photos: Tensor, last: str) -> Tensor:
+    network, photos = copy.deepcopy(network).double(), photos.double()
     values = network.maxpool(network.relu(network.bn1(network.conv1(photos))))
     for name in ("layer1", "layer2", "layer3", "layer4"):
         values = getattr(network, name)(values)
@@ -83,12 +90,12 @@ def test_resnet50_file_gives_torchvisions_features(tmp_path: Path, suffix: str) 
     reference = _seeded(torchvision.models.resnet50)
     path = _save(reference, tmp_path / f"resnet50{suffix}")
     encoder = Encoder(build_backbone("resnet50", weights=path))
-    features = encoder(_photos(64, 1))
+    features = _features(encoder, _photos(64, 1))
     expected = _cells(_torchvision_map(reference, _photos(64, 1), "layer4"))
     assert features.shape == (1, 4, 2048)
     assert encoder.channels == 2048
     assert expected.std() > 0.1
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("stage", "channels"), [("layer1", 64), ("layer3", 256), (None, 512)])
@@ -96,23 +103,23 @@ def test_stage_is_the_last_block(resnet18: nn.Module, resnet18_file: str, stage:
     backbone = build_backbone("resnet18", stage, resnet18_file)
     expected = _cells(_torchvision_map(resnet18, _photos(), stage or "layer4"))
     assert backbone.channels == channels
-    torch.testing.assert_close(Encoder(backbone)(_photos()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_features(Encoder(backbone), _photos()), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("grid", "side"), [(14, 224), (1, 64), (2, 96)])
 def test_grid_pools_as_torch_does(resnet18: nn.Module, resnet18_file: str, grid: int, side: int) -> None:
     encoder = Encoder(build_backbone("resnet18", weights=resnet18_file), grid=grid)
-    features = encoder(_photos(side, 1))
+    features = _features(encoder, _photos(side, 1))
     feature_map = _torchvision_map(resnet18, _photos(side, 1), "layer4")
     expected = _cells(nn.AdaptiveAvgPool2d(grid)(feature_map))
     assert features.shape == (1, grid * grid, 512)
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_photos_that_are_not_square(resnet18: nn.Module, resnet18_file: str) -> None:
     photos = torch.randn(1, 3, 64, 128, generator=torch.Generator().manual_seed(5))
-    features = Encoder(build_backbone("resnet18", weights=resnet18_file))(photos)
-    torch.testing.assert_close(features, _cells(_torchvision_map(resnet18, photos, "layer4")), rtol=1e-5, atol=1e-5)
+    features = _features(Encoder(build_backbone("resnet18", weights=resnet18_file)), photos)
+    torch.testing.assert_close(features, _cells(_torchvision_map(resnet18, photos, "layer4")), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "test_efficientnet"])
@@ -120,8 +127,8 @@ def test_timm_backbone_gives_timms_features(tmp_path: Path, name: str) -> None:
     reference: Any = _seeded(lambda: timm.create_model(name, pretrained=False, num_classes=0, global_pool=""))
     backbone = build_backbone(f"timm/{name}", weights=_save(reference, tmp_path / "weights.safetensors"))
     with torch.no_grad():
-        expected = _cells(reference.forward_features(_photos()))
-    torch.testing.assert_close(Encoder(backbone)(_photos()), expected, rtol=1e-5, atol=1e-5)
+        expected = _cells(reference.double().forward_features(_photos().double()))
+    torch.testing.assert_close(_features(Encoder(backbone), _photos()), expected, rtol=1e-9, atol=1e-9)
     assert backbone.channels == reference.num_features
     assert (backbone.mean, backbone.std) == (reference.pretrained_cfg["mean"], reference.pretrained_cfg["std"])
 
@@ -132,10 +139,11 @@ def test_timm_mobilenet_gives_its_unpooled_features(tmp_path: Path) -> None:
         lambda: timm.create_model("mobilenetv3_small_050", pretrained=False, num_classes=0, global_pool="")
     )
     path = _save(reference, tmp_path / "weights.safetensors")
+    reference.double()
     with torch.no_grad():
-        expected = _cells(reference.act2(reference.conv_head(reference.forward_features(_photos()))))
+        expected = _cells(reference.act2(reference.conv_head(reference.forward_features(_photos().double()))))
     encoder = Encoder(build_backbone("timm/mobilenetv3_small_050", weights=path))
-    torch.testing.assert_close(encoder(_photos()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(_features(encoder, _photos()), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "mobilenetv3_small_050"])
@@ -396,9 +404,9 @@ def test_weights_that_fit_but_for_the_classifier_load(tmp_path: Path, resnet18: 
     state = {n: t for n, t in resnet18.state_dict().items() if not n.endswith("num_batches_tracked")}
     state |= {"fc.weight": torch.zeros(7, 512), "fc.bias": torch.zeros(7)}
     torch.save(state, tmp_path / "weights.pth")
-    features = Encoder(build_backbone("resnet18", weights=str(tmp_path / "weights.pth")))(_photos())
+    features = _features(Encoder(build_backbone("resnet18", weights=str(tmp_path / "weights.pth"))), _photos())
     expected = _cells(_torchvision_map(resnet18, _photos(), "layer4"))
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_read_state_dict_gives_the_tensors_of_the_file(tmp_path: Path) -> None:

@@ -188,10 +188,10 @@ def test_report_counts_the_whole_window() -> None:
     model = _model()
     step, _ = _step(model)
     window = [_samples([0, 1]), _samples([2]), _samples([4])]
+    store = _DoubleStore(_features())
     with torch.no_grad():
         losses = [
-            model(b.input_ids, b.labels, features=_DoubleStore(_features()).features(b.image_rows), label_smoothing=0.1)
-            for b in window
+            model(b.input_ids, b.labels, features=store.features(b.feature_rows), label_smoothing=0.1) for b in window
         ]
     report = step(0, window)
     assert report.num_tokens == 3 + 7 + 1 + 5 + 9 + 1 + 4

@@ -1,0 +1,121 @@
+"""`caption`: beam search from cached features, next to the textbook's, one image at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capdist.benchmark.measure import matrix_product, shares_of_time, time_in_turns
+from capdist.benchmark.report import Row, Table
+from capdist.benchmark.workload import Workload, textbook
+from capdist.data.prepared import get_split, read_source
+from capdist.decoding import SearchOptions, search
+from capdist.model_folder import load_pretrained
+from capdist.text.vocabulary import Vocabulary
+from capdist.training.encoding import encode_splits
+from capdist.training.evaluation import search_options
+
+MADE_UP_LENGTH = 11
+"""Words of a caption of the network with random weights: the mean of Flickr8k's."""
+
+
+def caption(
+    work: Workload, *, num_images: int, num_plain: int, model: Path | None, repeats: int, trace: Path | None
+) -> Table:
+    """Time the search over many images, and compare its captions with the textbook's.
+
+    Args:
+        work: What is measured.
+        num_images: Images of capdist's search.
+        num_plain: Images of the textbook's, the first of those.
+        model: Model folder of a trained captioner, which then captions the validation split of the recipe's source;
+            None = random weights over made-up features, captions of 11 words.
+        repeats: Timed calls of each.
+        trace: File for a profile, or None.
+    """
+    work, features, options = _made_up(work, num_images) if model is None else _trained(work, model, num_images)
+    device, size = work.accelerator.device, work.recipe.evaluation.batch_size
+    network, plain = work.model.eval(), textbook()
+    decoder = plain.decoder_like(network.decoder).eval()
+    found: dict[str, list[tuple[list[int], float]]] = {}
+
+    @torch.inference_mode()
+    def own() -> None:
+        with work.accelerator.autocast():
+            found["capdist"] = [
+                caption for batch in features.split(size) for caption in _captions(network, batch.float(), options)
+            ]
+
+    @torch.inference_mode()
+    def plainly() -> None:
+        found["textbook"] = [
+            plain.beam_search(decoder, _as_textbook(work, image.float()), options) for image in features[:num_plain]
+        ]
+
+    functions: dict[str, Callable[[], object]] = {
+        "matrix product": matrix_product(device, work.dtype), "textbook": plainly, "capdist": own
+    }  # fmt: skip
+    timings = time_in_turns(functions, repeats=repeats, device=device)
+    counts = {"textbook": float(num_plain), "capdist": float(len(features))}
+    rows = [Row.of(name, timing, counts.get(name)) for name, timing in timings.items()]
+    shares = shares_of_time(own, device, trace) if trace is not None else {}
+    return Table(f"caption, beam {options.beam_size}", "images", rows, shares, _compare(found, num_plain))
+
+
+def _captions(network: Any, features: Tensor, options: SearchOptions) -> list[tuple[list[int], float]]:
+    result = search(network, features, options)
+    best = zip(
+        result.tokens[:, 0].tolist(),
+        result.lengths[:, 0].tolist(),
+        result.log_probabilities[:, 0].tolist(),
+        strict=True,
+    )
+    return [(tokens[:length], log_probability) for tokens, length, log_probability in best]
+
+
+def _as_textbook(work: Workload, features: Tensor) -> Tensor:
+    """Return one image's features as the textbook has them, (1, 196, C): projected, and pooled up to 14x14."""
+    side = round(len(features) ** 0.5)
+    projected = work.model.projection(features)
+    grid = projected.T.unflatten(1, (side, side))[None]
+    pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(grid, textbook().GRID)
+    return pooled.flatten(2).transpose(1, 2)
+
+
+def _compare(found: dict[str, list[tuple[list[int], float]]], count: int) -> dict[str, Any]:
+    pairs = list(zip(found["textbook"], found["capdist"][:count], strict=True))
+    differences = [abs(plain[1] - own[1]) for plain, own in pairs]
+    return {
+        "same captions as the textbook": f"{sum(plain[0] == own[0] for plain, own in pairs)} of {len(pairs)}",
+        "largest difference of log-probability": max(differences),
+    }
+
+
+def _made_up(work: Workload, num_images: int) -> tuple[Workload, Tensor, SearchOptions]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (num_images, work.num_cells, work.channels)
+    features = torch.randn(shape, generator=generator).relu_().half().to(work.accelerator.device)
+    options = SearchOptions(
+        bos_id=Vocabulary.bos_id, eos_id=Vocabulary.eos_id, pad_id=Vocabulary.pad_id, suppressed_ids=(0, 1, 3),
+        beam_size=work.recipe.evaluation.beam_size, max_length=20, min_length=MADE_UP_LENGTH,
+    )  # fmt: skip
+    with torch.no_grad():  # random weights never end a caption by themselves
+        work.model.decoder.head.bias[Vocabulary.eos_id] += 20
+    return work, features, options
+
+
+def _trained(work: Workload, folder: Path, num_images: int) -> tuple[Workload, Tensor, SearchOptions]:
+    trained = load_pretrained(folder)
+    # Their features are in the cache if the model was trained by this recipe.
+    recipe = work.recipe.model_copy(update={"encoder": trained.encoder.model_copy(update={"cache": "auto"})})
+    model = trained.model.to(work.accelerator.device)
+    split = get_split(read_source(recipe.data), "validation")
+    store = encode_splits(work.accelerator, model, trained.preprocessing, {split.name: split}, recipe)[0].store
+    features = store.features(torch.arange(min(num_images, len(store)))).half().to(work.accelerator.device)
+    options = search_options(recipe.evaluation, trained.vocabulary, trained.max_length)
+    return replace(work, recipe=recipe, model=model, preprocessing=trained.preprocessing), features, options

@@ -1,0 +1,131 @@
+"""What `capdist benchmark` does."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from capdist import __version__
+from capdist.benchmark.captioning import caption
+from capdist.benchmark.encoding import encode, load_input
+from capdist.benchmark.report import Table
+from capdist.benchmark.training import epoch, train_step
+from capdist.benchmark.workload import Workload
+from capdist.config import Recipe
+from capdist.errors import UsageError, nearest
+from capdist.files import write_atomically
+from capdist.recipe_file import load_recipe, recipe_from_dict
+from capdist.training.launch import build_accelerator
+
+NAMES = ("train-step", "encode", "caption", "input", "epoch")
+
+
+def load_sizes(config: Path | None, overrides: Sequence[str]) -> Recipe:
+    """Read the recipe to be measured; without one, features of a ResNet-50 as they come, and the usual sizes.
+
+    Raises:
+        UsageError: as `load_recipe`.
+    """
+    if config is not None:
+        return load_recipe(config, overrides)
+    sizes = {"data": {"batch_size": 32}, "encoder": {"name": "resnet50", "weights": "none"}}
+    return recipe_from_dict(sizes, "command line", overrides)
+
+
+def run_benchmarks(
+    names: Sequence[str],
+    recipe: Recipe,
+    *,
+    repeats: int,
+    images: int | None,
+    model: Path | None,
+    with_textbook: bool,
+    profile: Path | None,
+    output: Path | None,
+) -> dict[str, Any]:
+    """Measure, print the tables and write them as JSON.
+
+    Args:
+        names: Of `NAMES`, measured one after the other; none = all.
+        recipe: Gives the sizes; its photos are used if `data.path` is there.
+        repeats: Timed calls of each contestant.
+        images: Photos, images or training images of a benchmark; None = a fitting number for each.
+        model: Trained model folder for `caption`.
+        with_textbook: Whether the textbook runs beside capdist.
+        profile: Folder for traces, or None.
+        output: JSON file, or None.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    for name in names:
+        if name not in NAMES:
+            raise UsageError(f"benchmark: {name!r} is not one{nearest(name, NAMES)}")
+    accelerator = build_accelerator(recipe)
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
+    work = Workload.of(recipe, accelerator)
+    machine = _describe(work)
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    tables = []
+    for name in names or NAMES:
+        trace = None if profile is None else profile / f"{name}.json"
+        table = _measure(name, work, repeats, images, model, with_textbook, trace)
+        table.show(console)
+        tables.append(table.to_dict())
+        if name in ("train-step", "epoch"):  # they train, and hand the network to DDP
+            work = Workload.of(recipe, accelerator)
+    result = {"machine": machine, "recipe": recipe.to_dict(), "benchmarks": tables}
+    if output is not None and accelerator.is_main_process:
+        write_atomically(output, json.dumps(result, indent=2) + "\n")
+    accelerator.end_training()
+    return result
+
+
+def _measure(
+    name: str,
+    work: Workload,
+    repeats: int,
+    images: int | None,
+    model: Path | None,
+    with_textbook: bool,
+    trace: Path | None,
+) -> Table:
+    if name == "train-step":
+        return train_step(work, repeats=repeats, with_textbook=with_textbook, trace=trace)
+    if name == "epoch":
+        return epoch(work, num_images=images or 6000, repeats=repeats, with_textbook=with_textbook)
+    if name == "caption":
+        number = images or 4 * work.recipe.evaluation.batch_size
+        return caption(
+            work, num_images=number, num_plain=max(1, number // 20), model=model, repeats=repeats, trace=trace
+        )
+    measure = encode if name == "encode" else load_input
+    return measure(work, num_photos=images or 96, repeats=repeats)
+
+
+def _describe(work: Workload) -> dict[str, Any]:
+    accelerator = work.accelerator
+    device = accelerator.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision,
+        "cells": work.num_cells,
+        "channels": work.channels,
+        "torch": torch.__version__,
+        "capdist": __version__,
+    }
+
+
+def _processor() -> str:
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text().splitlines() if names.exists() else []
+    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{found or platform.processor() or 'CPU'} ({torch.backends.cpu.get_cpu_capability()})"

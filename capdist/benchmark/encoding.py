@@ -1,0 +1,117 @@
+"""`encode` and `input`: from JPEG files to features, and only to tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from capdist.benchmark.measure import matrix_product, time_in_turns
+from capdist.benchmark.report import Row, Table
+from capdist.benchmark.workload import Workload, made_up_photos, textbook
+from capdist.data.batches import PhotoDataset
+from capdist.data.loaders import photo_batches
+from capdist.data.prepared import get_split, read_source
+from capdist.models.encoder import build_backbone
+from capdist.models.encoder_pass import EncoderPass, encoder_precision
+
+
+def encode(work: Workload, *, num_photos: int, repeats: int) -> Table:
+    """Time the encoder pass from files, next to the bare network on tensors in memory and to a plain loop."""
+    recipe, device = work.recipe, work.accelerator.device
+    precision = encoder_precision(recipe.encoder, device, work.accelerator.mixed_precision)
+    plain_pass, fast_pass = (EncoderPass(work.model.encoder, precision) for _ in range(2))
+    with _photos(work, num_photos) as photos:
+        batches = [work.preprocessing.normalize(images.to(device)) for images in _own_input(work, photos)]
+        started = time.perf_counter()
+        problem = fast_pass.compile(batches[0]) if recipe.encoder.compile != "off" else "encoder.compile=off"
+        compile_s = time.perf_counter() - started
+
+        def from_files(encoder_pass: EncoderPass) -> None:
+            for images in _own_input(work, photos):
+                encoder_pass(work.preprocessing.normalize(images.to(device))).half().cpu()
+
+        def in_memory() -> None:
+            for pixel_values in batches:
+                fast_pass(pixel_values)
+
+        functions: dict[str, Callable[[], object]] = {
+            "matrix product": matrix_product(device, torch.bfloat16 if precision == "bf16" else torch.float32),
+            "textbook": _plain_loop(work, photos),
+            "capdist, not compiled": lambda: from_files(plain_pass),
+            "capdist": lambda: from_files(fast_pass),
+            "network alone": in_memory,
+        }
+        timings = time_in_turns(functions, repeats=repeats, device=device)
+    units = {name: float(len(photos)) for name in functions if name != "matrix product"}
+    rows = [Row.of(name, timing, units.get(name)) for name, timing in timings.items()]
+    facts = {
+        "share of the network alone": f"{timings['network alone'].median / timings['capdist'].median:.1%}",
+        "precision": precision,
+        "compiling": problem or f"{compile_s:.0f} s",
+    }
+    return Table("encode", "photos", rows, facts=facts)
+
+
+def load_input(work: Workload, *, num_photos: int, repeats: int) -> Table:
+    """Time reading, decoding and resizing alone, as capdist's and the textbook's loaders do it."""
+    with _photos(work, num_photos) as photos:
+        loader = _plain_loader(work, photos)
+        functions: dict[str, Callable[[], object]] = {
+            "textbook": lambda: list(loader),
+            "capdist": lambda: list(_own_input(work, photos)),
+        }
+        timings = time_in_turns(functions, repeats=repeats, device=torch.device("cpu"))
+    rows = [Row.of(name, timing, float(len(photos))) for name, timing in timings.items()]
+    return Table("input", "photos", rows, facts={"loader processes": work.recipe.data.num_workers})
+
+
+@contextmanager
+def _photos(work: Workload, count: int) -> Iterator[Sequence[dict[str, Any]]]:
+    """Give photos of the recipe's source if it is there, made-up ones otherwise, as rows of an image column."""
+    data = work.recipe.data
+    if data.path is not None and Path(data.path).exists():
+        split = get_split(read_source(data.model_copy(update={"limit": count})), "train")
+        yield [dict(photo) for photo in split.photos]
+        return
+    with TemporaryDirectory() as folder:
+        yield [{"path": str(path), "bytes": None} for path in made_up_photos(Path(folder), count)]
+
+
+def _own_input(work: Workload, photos: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
+    batches = photo_batches(
+        PhotoDataset(photos, work.preprocessing),
+        range(len(photos)),
+        batch_size=work.recipe.evaluation.batch_size,
+        num_workers=work.recipe.data.num_workers,
+        pin_memory=work.accelerator.device.type == "cuda",
+    )
+    return (images for _, images in batches)
+
+
+def _plain_loader(work: Workload, photos: Sequence[dict[str, Any]]) -> DataLoader[Tensor]:
+    made, plain = work.preprocessing, textbook()
+    paths = [photo["path"] for photo in photos]
+    dataset = plain.PhotoDataset(paths, made.image_size, made.mean, made.std)
+    return DataLoader(dataset, batch_size=32, num_workers=work.recipe.data.num_workers)
+
+
+def _plain_loop(work: Workload, photos: Sequence[dict[str, Any]]) -> Callable[[], object]:
+    encoder, device = work.recipe.encoder, work.accelerator.device
+    network = build_backbone(encoder.name, encoder.stage).network
+    plain = textbook().Encoder(network).to(device).eval()
+    loader = _plain_loader(work, photos)
+
+    @torch.no_grad()
+    def loop() -> None:
+        for pixel_values in loader:
+            plain(pixel_values.to(device)).cpu()
+
+    return loop

@@ -1,0 +1,105 @@
+"""The encoder as a plain function of photos: many of them, fast, without gradients.
+
+Shapes: B images, H and W pixels, N cells of the grid, C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from capdist.config import EncoderSection
+from capdist.models.encoder import Encoder
+from capdist.models.folding import fold
+
+Precision = Literal["no", "bf16", "fp16"]
+"""Arithmetic of products, under the names that accelerate gives them; `no` is that of the weights."""
+
+_AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class EncoderPass:
+    """A copy of an encoder in evaluation mode, made fast: BatchNorm folded into convolutions, channels last.
+
+    The copy keeps the weights of the moment; make a new one when they have changed.
+
+    Args:
+        encoder: Stays as it is.
+        precision: Of the copy's arithmetic, whatever autocast is in force around it.
+    """
+
+    def __init__(self, encoder: Encoder, precision: Precision = "no") -> None:
+        # Tensors of inference mode are of another kind, and would later be compiled for anew.
+        with torch.inference_mode(False), torch.no_grad():
+            network = copy.deepcopy(encoder).requires_grad_(False).eval()
+            fold(network.network, network.pairs)
+            self._network = network.to(memory_format=torch.channels_last)
+        self._precision = precision
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._shape = torch.Size()
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        """Encode normalised photos (B, 3, H, W) to features (B, N, C)."""
+        count, *shape = pixel_values.shape
+        fits = self._compiled is not None and shape == [*self._shape[1:]] and count <= self._shape[0]
+        with torch.inference_mode(False), torch.no_grad(), self._autocast(pixel_values.device.type):
+            if self._compiled is None or not fits:
+                return self._network(pixel_values)
+            # A smaller batch would be compiled for anew; filled up, it is not.
+            full = pixel_values.new_zeros(self._shape)
+            full[:count] = pixel_values
+            return self._compiled(full)[:count]
+
+    def compile(self, pixel_values: Tensor) -> str | None:
+        """Compile for batches of this size or less; other sizes go on as before. It takes tens of seconds.
+
+        Args:
+            pixel_values: (B, 3, H, W), a batch of the size.
+
+        Returns:
+            None, or in one line why it was not possible, in which case all goes on as before: there may be no compiler.
+        """
+        self._shape = pixel_values.shape
+        try:
+            from torch._inductor import config
+
+            self._compiled = torch.compile(self._network, dynamic=False, fullgraph=True)
+            # It is read while the first batch passes, in more places than `options` of `torch.compile` reach.
+            with config.patch(freezing=True):
+                self(pixel_values)
+        except Exception as error:  # the compilers' errors have no common class
+            self._compiled = None
+            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return None
+
+    def _autocast(self, device: str) -> torch.autocast:
+        return torch.autocast(device, _AUTOCAST.get(self._precision), enabled=self._precision in _AUTOCAST)
+
+
+def encoder_precision(encoder: EncoderSection, device: torch.device, mixed_precision: str) -> Precision:
+    """Return the arithmetic of a frozen encoder's pass.
+
+    Args:
+        encoder: Of the recipe.
+        device: Of the encoder.
+        mixed_precision: Of training as it took effect.
+    """
+    if encoder.precision == "auto":
+        return "bf16" if has_fast_bfloat16(device) else "no"
+    asked = mixed_precision if encoder.precision == "inherit" else encoder.precision
+    return "bf16" if asked == "bf16" else "fp16" if asked == "fp16" else "no"
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Return whether a processor has units for bfloat16; one without emulates it, many times slower than float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
+    return any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))

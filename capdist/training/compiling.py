@@ -1,0 +1,65 @@
+"""When to compile the encoder: tens of seconds that have to be won back."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from torch import Tensor
+
+from capdist.models.encoder_pass import EncoderPass
+
+logger = logging.getLogger(__name__)
+
+WORTH_IT_S = 300.0
+"""Seconds of encoding that must remain: compiling costs about a tenth of that, and wins about a quarter."""
+
+
+class CompilingEncoder:
+    """An encoder pass that compiles itself once it has seen how long it will take, and tells what that came to.
+
+    Args:
+        encoder: Not compiled.
+        mode: `auto`, `on` (with the first batch) or `off`, as `encoder.compile` of a recipe.
+    """
+
+    def __init__(self, encoder: EncoderPass, mode: str) -> None:
+        self.encoder, self.mode = encoder, mode
+        self._called_s: float | None = None
+        self._per_photo_s: list[float] = []  # from call to call: reading photos and keeping features are part of it
+        self._before_s: float | None = None
+
+    def __call__(self, pixel_values: Tensor, remaining: int) -> Tensor:
+        """Encode normalised photos (B, 3, H, W) to features (B, N, C).
+
+        Args:
+            pixel_values: All batches but the last of a split are of one size.
+            remaining: Photos that this process still has to encode, with these.
+        """
+        now = time.perf_counter()
+        if self._called_s is not None:
+            self._per_photo_s.append((now - self._called_s) / len(pixel_values))
+        if self._is_worth_it(remaining):
+            self._compile(pixel_values)
+        elif self._before_s is not None and len(self._per_photo_s) == 2:
+            after_s = self._per_photo_s[1]
+            logger.info(f"encoder compiled: {1 / self._before_s:.1f} photos/s before, {1 / after_s:.1f} since")
+            self._before_s = None
+        self._called_s = time.perf_counter()
+        return self.encoder(pixel_values)
+
+    def _is_worth_it(self, remaining: int) -> bool:
+        if self.mode == "auto" and len(self._per_photo_s) >= 2:  # the first is warming up
+            return remaining * self._per_photo_s[-1] > WORTH_IT_S
+        return self.mode == "on"
+
+    def _compile(self, pixel_values: Tensor) -> None:
+        self.mode = "off"
+        started_s = time.perf_counter()
+        problem = self.encoder.compile(pixel_values)
+        if problem is not None:
+            logger.warning(f"encoder.compile: not possible here, going on without ({problem})")
+            return
+        logger.info(f"encoder compiled in {time.perf_counter() - started_s:.0f} s")
+        self._before_s = self._per_photo_s[-1] if self._per_photo_s else None
+        self._per_photo_s.clear()

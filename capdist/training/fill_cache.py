@@ -1,0 +1,75 @@
+"""What `capdist features` does: encode the photos of a recipe before a training run needs them."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from rich.console import Console
+
+from capdist.config import Recipe
+from capdist.data.captions import seed_of
+from capdist.data.images import Preprocessing
+from capdist.data.prepared import get_split, read_source
+from capdist.errors import UsageError
+from capdist.models.caption_model import build_model
+from capdist.text.vocabulary import Vocabulary
+from capdist.training.encoding import Encoded, encode_splits
+from capdist.training.launch import build_accelerator
+
+
+def fill_cache(recipe: Recipe) -> list[Encoded]:
+    """Encode the photos of every split, and print a line a split.
+
+    Args:
+        recipe: Of the runs that will train on the features.
+
+    Raises:
+        UsageError: if such a run would not use the cache.
+        DataError, OSError, Stopped: as `encode_splits`.
+    """
+    if not recipe.caches_features:
+        raise UsageError(_why_not(recipe))
+    logging.basicConfig(format="%(message)s")
+    accelerator = build_accelerator(recipe)
+    loaded = read_source(recipe.data)
+    splits = {name: get_split(loaded, name) for name in loaded.splits}
+    # As in training: encoder.weights=none is drawn from the same seed. The decoder is not used.
+    torch.manual_seed(seed_of(recipe.run.seed, "weights"))
+    model = build_model(recipe.encoder, recipe.decoder, vocab_size=len(Vocabulary([])), pad_id=Vocabulary.pad_id)
+    model = model.to(accelerator.device)
+    preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
+    encoded = encode_splits(accelerator, model, preprocessing, splits, recipe)
+    if accelerator.is_main_process:
+        console = Console(highlight=False)
+        for one in encoded:
+            console.print(describe(one), soft_wrap=True)
+    accelerator.end_training()
+    return encoded
+
+
+def describe(encoded: Encoded) -> str:
+    """Return a line on a split: photos, or views of them, how many were there already, speed, size and place."""
+    num_rows = len(encoded.store)
+    num_new = num_rows - encoded.num_present
+    speed = f"{num_new / encoded.seconds:,.1f} {encoded.unit}s/s" if num_new else "nothing to do"
+    size = sum(path.stat().st_size for path in encoded.folder.iterdir())
+    return (
+        f"{encoded.split}: {num_rows:,} {encoded.unit}s, {encoded.num_present:,} were there already, {speed}, "
+        f"{size / 1e6:,.1f} MB in {encoded.folder}"
+    )
+
+
+def _why_not(recipe: Recipe) -> str:
+    encoder = recipe.encoder
+    if encoder.cache == "off":
+        return "encoder.cache: is off, so that a run would not use cached features; set encoder.cache=auto"
+    if encoder.trainable_from is not None:
+        return (
+            f"encoder.trainable_from: {encoder.trainable_from} trains, so that features change and are not cached; "
+            "set encoder.trainable_from=null"
+        )
+    return (
+        "encoder.cache_views: missing; photos are augmented anew in every epoch, so that features are not cached; set "
+        "it to the number of views to cache, or data.random_crop=1.0 data.horizontal_flip=false data.color_jitter=0.0"
+    )
