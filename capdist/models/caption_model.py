@@ -80,8 +80,9 @@ class CaptionModel(nn.Module):
         # The sum over words needs float32 even where the step is computed in less.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cross_entropy = F.cross_entropy(logits, packing.pick(labels), label_smoothing=label_smoothing, reduction="sum")
-        penalty = ((1 - looked) ** 2).sum(dim=-1) * (labels[:, 0] != IGNORED_LABEL)
-        return CaptionLoss(cross_entropy, penalty.sum())
+        repeats = self.encoder.repeats(features.shape[1])
+        penalty = repeats * ((1 - looked / repeats) ** 2).sum(dim=-1)
+        return CaptionLoss(cross_entropy, (penalty * (labels[:, 0] != IGNORED_LABEL)).sum())
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the encoder's features (B, N, C) of normalised photos (B, 3, height, width)."""

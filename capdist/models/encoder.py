@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from capdist.errors import CheckpointError, StorageError, UsageError, nearest
 from capdist.models.folding import find_pairs, join
@@ -44,8 +45,9 @@ class Encoder(nn.Module):
 
     Args:
         backbone: The network.
-        grid: Average-pool to this many cells a side; None = the grid as it comes. More cells than the map has
-            repeat them, as `AdaptiveAvgPool2d(14)` does to the 7x7 map of a 224-pixel photo.
+        grid: Average-pool to this many cells a side; None = the grid as it comes. Where that would only repeat
+            cells, as `AdaptiveAvgPool2d(14)` does with the 7x7 map of a 224-pixel photo, each is given once: attention
+            over copies of a cell is the attention over the cell, and `repeats` is what else must be known.
         trainable_from: First block that trains, `all`, or None for a frozen encoder.
         batch_norm: Whether blocks that train use stored (`frozen`) or batch (`train`) statistics. Blocks that do
             not train always use the stored ones.
@@ -77,7 +79,7 @@ class Encoder(nn.Module):
             check_recomputable(self.network)
         self.pairs = find_pairs(self.network.eval())
         join(self.network, self.pairs)
-        self.pool = nn.AdaptiveAvgPool2d(grid) if grid else nn.Identity()
+        self.grid = grid
         self.batch_norm = batch_norm
         self._trainable = _trainable_modules(self.network, trainable_from)
         for parameter in self.network.parameters():
@@ -114,8 +116,14 @@ class Encoder(nn.Module):
             Features (B, N, C), cells row by row.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
-            feature_map: Tensor = self.pool(self._run(pixel_values))
+            feature_map = self._run(pixel_values)
+            if self.grid is not None and any(self.grid % side for side in feature_map.shape[2:]):
+                feature_map = F.adaptive_avg_pool2d(feature_map, self.grid)
             return feature_map.flatten(2).transpose(1, 2).contiguous()
+
+    def repeats(self, num_cells: int) -> int:
+        """Return how many cells of `grid` are copies of each of the `num_cells` that `forward` gave."""
+        return 1 if self.grid is None else self.grid**2 // num_cells
 
     def _run(self, pixel_values: Tensor) -> Tensor:
         recomputes = self.gradient_checkpointing and torch.is_grad_enabled()

@@ -36,7 +36,7 @@ def check_recomputable(network: nn.Module) -> None:
 
 
 def run_recomputing(network: nn.Module, values: Tensor) -> Tensor:
-    """Run a network, keeping of each of its blocks that trains only what goes into it.
+    """Run a network, keeping of each of its blocks only what goes into it, and nothing of one that does not train.
 
     Args:
         network: One of timm's, or the blocks are the children of children that are `nn.Sequential`, as in
@@ -48,8 +48,11 @@ def run_recomputing(network: nn.Module, values: Tensor) -> Tensor:
     """
     if type(network) is nn.Sequential:
         for stage in network:
-            for block in stage if type(stage) is nn.Sequential else [stage]:
-                values = _recompute(block, values) if block is not stage and _trains(block) else block(values)
+            if type(stage) is nn.Sequential:
+                for block in stage:
+                    values = _recompute(block, values)
+            else:
+                values = stage(values)
         return values
     _switch_timm(network, True)
     try:
@@ -61,10 +64,6 @@ def run_recomputing(network: nn.Module, values: Tensor) -> Tensor:
 
 def _switch_timm(network: Any, enabled: bool) -> None:
     network.set_grad_checkpointing(enabled)
-
-
-def _trains(block: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in block.parameters())
 
 
 def _recompute(block: nn.Module, values: Tensor) -> Tensor:

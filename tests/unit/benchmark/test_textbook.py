@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks import textbook
 from capdist.decoding import SearchOptions, search
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
+from capdist.models.decoder import Packing, SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.text.vocabulary import IGNORED_LABEL
 
@@ -66,6 +66,29 @@ def test_loss_and_every_gradient_are_the_textbooks(grid: int | None) -> None:
             continue
         assert parameter.grad.abs().max() > 1e-3, name
         torch.testing.assert_close(own[names[name]].grad, parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_penalty_of_14x14_cells_is_computed_on_7x7() -> None:
+    model, photos = make_model(14), torch.randn(IMAGES, 3, 28, 28).double()
+    input_ids, labels, lengths = random_captions()
+    features = model.encode(photos)
+    assert features.shape == (IMAGES, 49, CHANNELS)
+    loss = model(input_ids, labels, features=features)
+    loss.doubly_stochastic.backward()
+    gradients = {name: p.grad.clone() for name, p in model.decoder.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    pooled = textbook.Encoder(model.encoder.network)(photos).detach()
+    packing = Packing.of(lengths, input_ids.shape[1], input_ids.device)
+    _, looked = model.decoder(pooled, input_ids, packing)
+    assert looked.shape == (IMAGES * CAPTIONS, 196)
+    expected = ((1 - looked) ** 2).sum()
+    expected.backward()
+    assert loss.doubly_stochastic.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert len(gradients) > 10
+    for name, parameter in model.decoder.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("grid", [None, 14], ids=["7x7", "14x14"])

@@ -32,8 +32,8 @@ def _encoder(**settings: Any) -> Encoder:
 def test_features_are_those_of_the_plain_network(name: str) -> None:
     backbone, images = make_backbone(name), photos(1, 48)
     plain = copy_of(backbone).network
-    encoder = Encoder(backbone, grid=3)
-    expected = cells(nn.functional.adaptive_avg_pool2d(plain(images), 3))
+    encoder = Encoder(backbone, grid=1)
+    expected = cells(nn.functional.adaptive_avg_pool2d(plain(images), 1))
     assert expected.std() > 0.01
     torch.testing.assert_close(EncoderPass(encoder)(images), expected, rtol=1e-9, atol=1e-9)
     single = EncoderPass(encoder.float())(images.float())
