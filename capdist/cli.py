@@ -160,14 +160,17 @@ def benchmark(
     config: Annotated[
         Path | None, typer.Option(metavar="RECIPE", help="sizes; default: ResNet-50, 49 cells, 512 hidden")
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="timed calls; the median counts")] = 5,
-    images: Annotated[int | None, typer.Option(min=1, help="photos or images of each but train-step")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="timed calls; the median counts; capdist's epoch runs once")] = 5,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="photos or images of each but train-step; whole batches are fairest")
+    ] = None,
     model: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="trained model for caption; default: random weights")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="trained model for caption, on data.path; default: random weights"),
     ] = None,
     textbook: Annotated[bool, typer.Option(help="race the plain implementation")] = True,
     profile: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="write traces there, and say where the time goes")
+        Path | None, typer.Option(metavar="FOLDER", help="traces of train-step and caption, and where the time goes")
     ] = None,
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write all figures")] = None,
     debug: Debug = False,

@@ -29,19 +29,22 @@ def caption(
 ) -> Table:
     """Time the search over many images, and compare its captions with the textbook's.
 
+    Captions may be of any words: the textbook knows neither a length penalty nor forbidden repeats.
+
     Args:
         work: What is measured.
         num_images: Images of capdist's search.
-        num_plain: Images of the textbook's, the first of those.
+        num_plain: Images of the textbook's, the first of those; 0 leaves it out.
         model: Model folder of a trained captioner, which then captions the validation split of the recipe's source;
             None = random weights over made-up features, captions of 11 words.
         repeats: Timed calls of each.
         trace: File for a profile, or None.
     """
     work, features, options = _made_up(work, num_images) if model is None else _trained(work, model, num_images)
+    options, num_plain = replace(options, length_penalty=0.0, no_repeat_ngram=0), min(num_plain, len(features))
     device, size = work.accelerator.device, work.recipe.evaluation.batch_size
     network, plain = work.model.eval(), textbook()
-    decoder = plain.decoder_like(network.decoder).eval()
+    decoder = plain.decoder_like(network.decoder).eval() if num_plain else None
     found: dict[str, list[tuple[list[int], float]]] = {}
 
     @torch.inference_mode()
@@ -53,18 +56,19 @@ def caption(
 
     @torch.inference_mode()
     def plainly() -> None:
-        found["textbook"] = [
-            plain.beam_search(decoder, _as_textbook(work, image.float()), options) for image in features[:num_plain]
-        ]
+        with work.accelerator.autocast():
+            found["textbook"] = [
+                plain.beam_search(decoder, _as_textbook(work, image.float()), options) for image in features[:num_plain]
+            ]
 
-    functions: dict[str, Callable[[], object]] = {
-        "matrix product": matrix_product(device, work.dtype), "textbook": plainly, "capdist": own
-    }  # fmt: skip
+    functions: dict[str, Callable[[], object]] = {"matrix product": matrix_product(device, work.dtype)}
+    functions |= ({"textbook": plainly} if num_plain else {}) | {"capdist": own}
     timings = time_in_turns(functions, repeats=repeats, device=device)
     counts = {"textbook": float(num_plain), "capdist": float(len(features))}
     rows = [Row.of(name, timing, counts.get(name)) for name, timing in timings.items()]
     shares = shares_of_time(own, device, trace) if trace is not None else {}
-    return Table(f"caption, beam {options.beam_size}", "images", rows, shares, _compare(found, num_plain))
+    facts = _compare(found, num_plain) if num_plain else {}
+    return Table(f"caption, beam {options.beam_size}", "images", rows, shares, facts)
 
 
 def _captions(network: Any, features: Tensor, options: SearchOptions) -> list[tuple[list[int], float]]:

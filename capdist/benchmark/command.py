@@ -62,12 +62,14 @@ def run_benchmarks(
         output: JSON file, or None.
 
     Raises:
-        UsageError: for an unknown name.
+        UsageError: for an unknown name, or a recipe that is not what would be measured.
     """
-    for name in names:
-        if name not in NAMES:
-            raise UsageError(f"benchmark: {name!r} is not one{nearest(name, NAMES)}")
+    _check(names or NAMES, recipe, model, with_textbook)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(recipe)
+    if accelerator.num_processes > 1 and set(names or NAMES) - {"train-step", "epoch"}:
+        raise UsageError("benchmark: only train-step and epoch run in several processes; name them")
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
     work = Workload.of(recipe, accelerator)
     machine = _describe(work)
@@ -87,6 +89,18 @@ def run_benchmarks(
     return result
 
 
+def _check(names: Sequence[str], recipe: Recipe, model: Path | None, with_textbook: bool) -> None:
+    for name in names:
+        if name not in NAMES:
+            raise UsageError(f"benchmark: {name!r} is not one{nearest(name, NAMES)}")
+    if not recipe.caches_features and {"train-step", "epoch"} & set(names):
+        raise UsageError("benchmark: train-step and epoch train on cached features, and this recipe caches none")
+    if not recipe.decoder.gate and with_textbook:
+        raise UsageError("decoder.gate: the textbook has a gate; set decoder.gate=true, or give --no-textbook")
+    if model is not None and recipe.data.path is None:
+        raise UsageError("--model: captions the validation photos of data.path, which is missing")
+
+
 def _measure(
     name: str,
     work: Workload,
@@ -96,17 +110,17 @@ def _measure(
     with_textbook: bool,
     trace: Path | None,
 ) -> Table:
+    batch_size = work.recipe.evaluation.batch_size
     if name == "train-step":
         return train_step(work, repeats=repeats, with_textbook=with_textbook, trace=trace)
     if name == "epoch":
         return epoch(work, num_images=images or 6000, repeats=repeats, with_textbook=with_textbook)
     if name == "caption":
-        number = images or 4 * work.recipe.evaluation.batch_size
-        return caption(
-            work, num_images=number, num_plain=max(1, number // 20), model=model, repeats=repeats, trace=trace
-        )
+        number = images or 4 * batch_size
+        num_plain = max(1, number // 20) if with_textbook else 0
+        return caption(work, num_images=number, num_plain=num_plain, model=model, repeats=repeats, trace=trace)
     measure = encode if name == "encode" else load_input
-    return measure(work, num_photos=images or 96, repeats=repeats)
+    return measure(work, num_photos=images or 2 * batch_size, repeats=repeats, with_textbook=with_textbook)
 
 
 def _describe(work: Workload) -> dict[str, Any]:

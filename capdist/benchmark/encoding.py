@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from capdist.benchmark.measure import matrix_product, time_in_turns
+from capdist.benchmark.measure import count_flops, matrix_product, time_in_turns
 from capdist.benchmark.report import Row, Table
-from capdist.benchmark.workload import Workload, made_up_photos, textbook
+from capdist.benchmark.workload import DTYPES, Workload, made_up_photos, textbook
 from capdist.data.batches import PhotoDataset
 from capdist.data.loaders import photo_batches
 from capdist.data.prepared import get_split, read_source
@@ -23,8 +23,11 @@ from capdist.models.encoder import build_backbone
 from capdist.models.encoder_pass import EncoderPass, encoder_precision
 
 
-def encode(work: Workload, *, num_photos: int, repeats: int) -> Table:
-    """Time the encoder pass from files, next to the bare network on tensors in memory and to a plain loop."""
+def encode(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool) -> Table:
+    """Time the encoder pass from files, next to the bare network on tensors in memory and to a plain loop.
+
+    A run compiles its encoder only where minutes of encoding remain; the time that takes is told apart.
+    """
     recipe, device = work.recipe, work.accelerator.device
     precision = encoder_precision(recipe.encoder, device, work.accelerator.mixed_precision)
     plain_pass, fast_pass = (EncoderPass(work.model.encoder, precision) for _ in range(2))
@@ -43,13 +46,15 @@ def encode(work: Workload, *, num_photos: int, repeats: int) -> Table:
                 fast_pass(pixel_values)
 
         functions: dict[str, Callable[[], object]] = {
-            "matrix product": matrix_product(device, torch.bfloat16 if precision == "bf16" else torch.float32),
-            "textbook": _plain_loop(work, photos),
+            "matrix product": matrix_product(device, DTYPES[precision]),
+            **({"textbook": _plain_loop(work, photos)} if with_textbook else {}),
             "capdist, not compiled": lambda: from_files(plain_pass),
             "capdist": lambda: from_files(fast_pass),
             "network alone": in_memory,
         }
-        timings = time_in_turns(functions, repeats=repeats, device=device)
+        one_photo = count_flops(lambda: plain_pass(batches[0][:1]))
+        flops = dict.fromkeys(("capdist, not compiled", "capdist", "network alone"), one_photo * len(photos))
+        timings = time_in_turns(functions, repeats=repeats, device=device, flops=flops)
     units = {name: float(len(photos)) for name in functions if name != "matrix product"}
     rows = [Row.of(name, timing, units.get(name)) for name, timing in timings.items()]
     facts = {
@@ -60,14 +65,12 @@ def encode(work: Workload, *, num_photos: int, repeats: int) -> Table:
     return Table("encode", "photos", rows, facts=facts)
 
 
-def load_input(work: Workload, *, num_photos: int, repeats: int) -> Table:
+def load_input(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool) -> Table:
     """Time reading, decoding and resizing alone, as capdist's and the textbook's loaders do it."""
     with _photos(work, num_photos) as photos:
         loader = _plain_loader(work, photos)
-        functions: dict[str, Callable[[], object]] = {
-            "textbook": lambda: list(loader),
-            "capdist": lambda: list(_own_input(work, photos)),
-        }
+        functions: dict[str, Callable[[], object]] = {"textbook": lambda: list(loader)} if with_textbook else {}
+        functions["capdist"] = lambda: list(_own_input(work, photos))
         timings = time_in_turns(functions, repeats=repeats, device=torch.device("cpu"))
     rows = [Row.of(name, timing, float(len(photos))) for name, timing in timings.items()]
     return Table("input", "photos", rows, facts={"loader processes": work.recipe.data.num_workers})
@@ -77,12 +80,20 @@ def load_input(work: Workload, *, num_photos: int, repeats: int) -> Table:
 def _photos(work: Workload, count: int) -> Iterator[Sequence[dict[str, Any]]]:
     """Give photos of the recipe's source if it is there, made-up ones otherwise, as rows of an image column."""
     data = work.recipe.data
-    if data.path is not None and Path(data.path).exists():
-        split = get_split(read_source(data.model_copy(update={"limit": count})), "train")
-        yield [dict(photo) for photo in split.photos]
-        return
     with TemporaryDirectory() as folder:
-        yield [{"path": str(path), "bytes": None} for path in made_up_photos(Path(folder), count)]
+        if data.path is None or not Path(data.path).exists():
+            paths = made_up_photos(Path(folder), count)
+        else:
+            split = get_split(read_source(data.model_copy(update={"limit": count})), "train")
+            paths = [_as_file(photo, Path(folder, str(number))) for number, photo in enumerate(split.photos)]
+        yield [{"path": str(path), "bytes": None} for path in paths]
+
+
+def _as_file(photo: Mapping[str, Any], path: Path) -> Path:
+    if photo["bytes"] is None:
+        return Path(photo["path"])
+    path.write_bytes(photo["bytes"])
+    return path
 
 
 def _own_input(work: Workload, photos: Sequence[dict[str, Any]]) -> Iterator[Tensor]:
@@ -100,7 +111,10 @@ def _plain_loader(work: Workload, photos: Sequence[dict[str, Any]]) -> DataLoade
     made, plain = work.preprocessing, textbook()
     paths = [photo["path"] for photo in photos]
     dataset = plain.PhotoDataset(paths, made.image_size, made.mean, made.std)
-    return DataLoader(dataset, batch_size=32, num_workers=work.recipe.data.num_workers)
+    num_workers = work.recipe.data.num_workers
+    # A module loaded from its path is not found by processes that start from nothing.
+    context = "fork" if num_workers else None
+    return DataLoader(dataset, batch_size=32, num_workers=num_workers, multiprocessing_context=context)
 
 
 def _plain_loop(work: Workload, photos: Sequence[dict[str, Any]]) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +34,7 @@ class Row:
     runs: tuple[float, ...]
     seconds: float
     units: float | None
-    flops: int | None
+    flops: float | None
     num_processes: int = 1
     note: str = ""
 
@@ -61,7 +62,7 @@ class Row:
         """Billions of operations a second of all processes, by the median call."""
         if self.flops is None:
             return None
-        return self.flops * self.num_processes / sorted(self.runs)[len(self.runs) // 2] / 1e9
+        return self.flops * self.num_processes / statistics.median(self.runs) / 1e9
 
 
 @dataclass(frozen=True)

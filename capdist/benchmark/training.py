@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from capdist.benchmark.measure import matrix_product, shares_of_time, time_in_turns
+from capdist.benchmark.measure import count_flops, matrix_product, shares_of_time, time_in_turns
 from capdist.benchmark.report import Row, Table
 from capdist.benchmark.workload import Workload, made_up_captions, made_up_features, textbook
 from capdist.data.batches import CaptionBatch, CaptionDataset
@@ -73,16 +73,17 @@ def train_step(work: Workload, *, repeats: int, with_textbook: bool, trace: Path
     """Time optimizer steps: forward, backward, clipping, update."""
     device, num_processes = work.accelerator.device, work.accelerator.num_processes
     functions: dict[str, Callable[[], object]] = {"matrix product": matrix_product(device, work.dtype)}
-    captions = {}
+    captions: dict[str, float] = {}
     if with_textbook:
-        functions["textbook"], captions["textbook"] = _textbook_step(work), TEXTBOOK_BATCH
+        functions["textbook"], captions["textbook"] = _textbook_step(work), float(TEXTBOOK_BATCH * num_processes)
     with tempfile.TemporaryDirectory() as folder:
         parts = -(-5 // work.recipe.data.captions_per_image)
         num_images = -(-DIFFERENT_BATCHES * work.recipe.data.batch_size * num_processes // parts)
         training = Training(work, Path(folder), max(num_images, work.recipe.data.batch_size * num_processes))
         functions["capdist"], mean = _own_step(training)
         captions["capdist"] = mean * num_processes
-        timings = time_in_turns(functions, repeats=repeats, device=device)
+        flops = {name: count_flops(functions[name], DIFFERENT_BATCHES) for name in captions}
+        timings = time_in_turns(functions, repeats=repeats, device=device, flops=flops)
         shares = shares_of_time(functions["capdist"], device, trace) if trace is not None else {}
     rows = [Row.of(name, timing, captions.get(name), num_processes) for name, timing in timings.items()]
     return Table("train-step", "captions", rows, shares=shares)

@@ -28,6 +28,7 @@ FLICKR8K_LENGTHS = {
 }  # fmt: skip
 """Captions of the 6,000 training photos of Flickr8k by their number of words, as `capdist.text` splits them."""
 
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARY_SIZE = 2500
 CAPTIONS_OF_AN_IMAGE = 5
 PHOTO_SIZE = (500, 375)
@@ -74,7 +75,7 @@ class Workload:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the arithmetic."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        return DTYPES[str(self.accelerator.mixed_precision)]
 
 
 def made_up_captions(num_images: int, max_length: int) -> CaptionTable:
@@ -116,7 +117,7 @@ def made_up_photos(folder: Path, count: int) -> list[Path]:
 def textbook() -> ModuleType:
     """Load `benchmarks/textbook.py`, from a checkout or from inside an installed package."""
     here = Path(__file__).resolve().parents[1]
-    folders = (here.parent / "benchmarks", here / "benchmarks")
+    folders = (here / "benchmarks", here.parent / "benchmarks")
     path = next(file for file in (folder / "textbook.py" for folder in folders) if file.exists())
     spec = importlib.util.spec_from_file_location("capdist_textbook", path)
     assert spec is not None

@@ -15,8 +15,8 @@ from pydantic import ConfigDict, TypeAdapter
 from capdist.errors import DataError
 from capdist.files import write_atomically
 
-Remembered = dict[str, tuple[int, int, str]]
-"""By absolute path: bytes, time of the last change in nanoseconds, digest."""
+Remembered = dict[str, tuple[int, int, int, str]]
+"""By absolute path: bytes, times of the last change of the contents and of the entry in nanoseconds, digest."""
 
 _FILE = TypeAdapter(Remembered, config=ConfigDict(strict=True))
 _SETTLED_NS = 2_000_000_000
@@ -27,7 +27,7 @@ def digest_photos(photos: Iterable[Mapping[str, Any]], memory: Path) -> list[str
 
     Args:
         photos: `path` and/or `bytes` of each, as a `datasets.Image(decode=False)` column gives them.
-        memory: JSON file of digests taken before. Used for photos whose size and time of change are as they were, and
+        memory: JSON file of digests taken before. Used for photos whose size and times of change are as they were, and
             updated; a damaged one is made anew. Photos that come as bytes are always digested.
 
     Raises:
@@ -49,9 +49,10 @@ def _digest(photo: Mapping[str, Any], known: Remembered, fresh: Remembered) -> s
     path = os.path.abspath(photo["path"])
     try:
         status = os.stat(path)
-        state = (status.st_size, status.st_mtime_ns)
-        if path in known and known[path][:2] == state:
-            return known[path][2]
+        # Copying can keep the time of the contents, and photos of one format the size; nothing keeps the entry's time.
+        state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if path in known and known[path][:3] == state:
+            return known[path][3]
         now_ns = time.time_ns()
         digest = _digest_bytes(Path(path).read_bytes())
     except OSError as error:

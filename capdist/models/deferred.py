@@ -14,6 +14,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
+class _PassSums(list[Any]):
+    """What the uses of a tensor hand over in one backward pass; nothing is left of one that stopped short of it."""
+
+    def of_this_pass(self) -> list[Any]:
+        task = torch._C._current_graph_task_id()
+        if task != getattr(self, "task", None):
+            self.clear()
+        self.task = task
+        return self
+
+
 class StepLinear:
     """A linear layer that a loop applies at each step.
 
@@ -27,15 +38,16 @@ class StepLinear:
         if torch.is_autocast_enabled(device):  # once, not at every step
             dtype = torch.get_autocast_dtype(device)
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self._uses: list[tuple[Tensor, Tensor]] = []
+        self._uses = _PassSums()
         self.weight, self.bias = weight, bias
-        if torch.is_grad_enabled():
+        self._is_deferred = torch.is_grad_enabled() and weight.requires_grad
+        if self._is_deferred:
             self.weight, self.bias = _SharedWeights.apply(weight, bias, self._uses)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """Return (…, out) for inputs (…, in)."""
         inputs = inputs.to(self.weight.dtype)
-        if not torch.is_grad_enabled():
+        if not self._is_deferred:
             return F.linear(inputs, self.weight, self.bias)
         output: Tensor = _LinearUse.apply(inputs, self.weight, self.bias, self._uses)
         return output
@@ -45,7 +57,7 @@ class _SharedWeights(torch.autograd.Function):
     """Hands out weight and bias. Autograd comes back here when it has been through all their uses."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, uses: list[tuple[Tensor, Tensor]]) -> tuple[Any, Any]:
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, uses: _PassSums) -> tuple[Any, Any]:
         ctx.uses = uses
         ctx.set_materialize_grads(False)
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
@@ -53,7 +65,8 @@ class _SharedWeights(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
-        inputs, grads = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*ctx.uses, strict=True))
+        columns = zip(*ctx.uses.of_this_pass(), strict=True)
+        inputs, grads = (torch.cat([part.flatten(0, -2) for part in column]) for column in columns)
         ctx.uses.clear()
         of_weight, of_bias, _ = ctx.needs_input_grad
         return grads.T @ inputs if of_weight else None, grads.sum(dim=0) if of_bias else None, None
@@ -61,7 +74,7 @@ class _SharedWeights(torch.autograd.Function):
 
 class _LinearUse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, uses: list[Any]) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, uses: _PassSums) -> Tensor:
         ctx.uses = uses
         ctx.save_for_backward(inputs, weight)
         return F.linear(inputs, weight, bias)
@@ -70,7 +83,7 @@ class _LinearUse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         inputs, weight = ctx.saved_tensors
-        ctx.uses.append((inputs, grad))
+        ctx.uses.of_this_pass().append((inputs, grad))
         return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
@@ -83,9 +96,9 @@ class StepSigmoidDot:
     """
 
     def __init__(self, rows: Tensor, vector: Tensor) -> None:
-        self._sum: list[Tensor] = []
+        self._sum = _PassSums()
         self.rows, self.vector = rows, vector.to(rows.dtype)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and rows.requires_grad:
             self.rows = _SharedRows.apply(rows, self.vector, self._sum)
 
     def __call__(self, shift: Tensor) -> Tensor:
@@ -98,7 +111,7 @@ class _SharedRows(torch.autograd.Function):
     """Hands out rows, whose gradient is `vector` times what the uses have summed up."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, vector: Tensor, total: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, vector: Tensor, total: _PassSums) -> Tensor:
         ctx.total = total
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(vector)
@@ -108,12 +121,12 @@ class _SharedRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: None) -> tuple[Tensor, None, None]:
         (vector,) = ctx.saved_tensors
-        return ctx.total.pop().mul_(vector).to(vector.dtype), None, None
+        return ctx.total.of_this_pass().pop().mul_(vector).to(vector.dtype), None, None
 
 
 class _SigmoidDotUse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, shift: Tensor, vector: Tensor, total: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, shift: Tensor, vector: Tensor, total: _PassSums) -> Tensor:
         values = torch.add(rows[: len(shift)], shift.unsqueeze(1)).sigmoid_()
         ctx.total, ctx.num_rows = total, len(rows)
         ctx.save_for_backward(values, vector)
@@ -124,10 +137,12 @@ class _SigmoidDotUse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, None]:
         values, vector = ctx.saved_tensors
         slopes = torch.addcmul(values, values, values, value=-1)
-        if not ctx.total:
-            # Sums of many steps: float32 even where a step is computed in less.
-            dtype = torch.promote_types(values.dtype, torch.float32)
-            ctx.total.append(values.new_zeros(ctx.num_rows, *values.shape[1:], dtype=dtype))
-        ctx.total[0][: len(values)].addcmul_(grad.unsqueeze(-1), slopes)
+        if ctx.needs_input_grad[0]:
+            total = ctx.total.of_this_pass()
+            if not total:
+                # Sums of many steps: float32 even where a step is computed in less.
+                dtype = torch.promote_types(values.dtype, torch.float32)
+                total.append(values.new_zeros(ctx.num_rows, *values.shape[1:], dtype=dtype))
+            total[0][: len(values)].addcmul_(grad.unsqueeze(-1), slopes)
         of_shift = torch.bmm(grad.unsqueeze(1), slopes).squeeze(1) * vector
         return None, of_shift, grad.flatten() @ values.flatten(0, 1), None

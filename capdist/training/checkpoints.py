@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
+from capdist.config import Recipe
 from capdist.errors import CheckpointError
 from capdist.files import flush_to_disk
 from capdist.model_folder import sha256
@@ -74,7 +75,8 @@ class Identity:
 
 FREE_KEYS = {
     ("run", "name"), ("run", "output_dir"), ("run", "threads"), ("data", "path"), ("data", "num_workers"),
-    ("encoder", "weights"), ("encoder", "cache"), ("training", "epochs"), ("training", "max_steps"),
+    ("encoder", "weights"), ("encoder", "cache"), ("encoder", "compile"), ("encoder", "gradient_checkpointing"),
+    ("training", "epochs"), ("training", "max_steps"),
     ("training", "patience"), ("training", "log_every"),
 }  # fmt: skip
 """Recipe keys that a resumed run may change; so may `checkpoint`, `tracking`, and `evaluation` but for `select_by`."""
@@ -227,8 +229,10 @@ def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Calla
 def _recipe_differences(
     saved: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
 ) -> Iterator[tuple[str, str, Any, Any]]:
+    defaults = Recipe().to_dict()
     for section in saved.keys() | now.keys():
-        before, after = saved.get(section, {}), now.get(section, {})
+        # A key that is newer than the checkpoint had its default.
+        before, after = defaults.get(section, {}) | saved.get(section, {}), now.get(section, {})
         for key in sorted(before.keys() | after.keys()):
             free = section in ("checkpoint", "tracking") or (section == "evaluation" and key != "select_by")
             if before.get(key) != after.get(key) and not free and (section, key) not in FREE_KEYS:

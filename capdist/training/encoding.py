@@ -187,9 +187,24 @@ class _SplitEncoder:
             unit=_unit(dataset), disable=not self.accelerator.is_main_process,
         )  # fmt: skip
         num_rounds = math.ceil(len(missing) / (batch_size * world))
-        with logging_redirect_tqdm(), progress, StoreWriter(folder) as writer:
-            error = self._encode_all(batches, num_rounds, writer, progress)
+        with logging_redirect_tqdm(), progress:
+            writer = self._open(folder)
+            try:
+                with writer:
+                    error = self._encode_all(batches, num_rounds, writer, progress)
+            except OSError as caught:  # what was encoded last could not be written
+                error = caught
         raise_together(error)
+
+    def _open(self, folder: Path) -> StoreWriter:
+        writer, error = None, None
+        try:
+            writer = StoreWriter(folder)
+        except OSError as caught:
+            error = caught
+        raise_together(error)
+        assert writer is not None
+        return writer
 
     def _encode_all(
         self, batches: Iterator[tuple[Tensor, Tensor]], num_rounds: int, writer: StoreWriter, progress: Any

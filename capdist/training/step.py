@@ -139,7 +139,8 @@ class TrainStep:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        skipped = scaled and self.accelerator.optimizer_step_was_skipped
+        # Not optimizer_step_was_skipped: a fused optimizer skips by itself, which accelerate does not hear of.
+        skipped = scaled and not torch.isfinite(norm)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row > MOST_SKIPPED_STEPS:
             raise NumericsError(

@@ -47,9 +47,17 @@ def test_a_photo_that_did_not_change_is_not_read_again(tmp_path: Path, memory: P
     assert digest_photos(photos, memory) == [_digest(b"photo %d" % i) for i in range(3)]
     saved = json.loads(memory.read_text())
     status = (tmp_path / "1.jpg").stat()
-    assert saved[str(tmp_path / "1.jpg")] == [status.st_size, status.st_mtime_ns, _digest(b"photo 1")]
-    _replace_unseen(tmp_path / "1.jpg", b"other 1")
-    assert digest_photos(photos, memory)[1] == _digest(b"photo 1"), "the file was read again"
+    times = [status.st_mtime_ns, status.st_ctime_ns]
+    assert saved[str(tmp_path / "1.jpg")] == [status.st_size, *times, _digest(b"photo 1")]
+    memory.write_text(json.dumps(saved | {str(tmp_path / "1.jpg"): [status.st_size, *times, "remembered"]}))
+    assert digest_photos(photos, memory)[1] == "remembered", "the file was read again"
+
+
+def test_a_file_of_the_same_size_and_time_that_was_written_again_is_read_again(tmp_path: Path, memory: Path) -> None:
+    photo = _write(tmp_path / "a.jpg", b"photo")
+    digest_photos([photo], memory)
+    _replace_unseen(tmp_path / "a.jpg", b"other")
+    assert digest_photos([photo], memory) == [_digest(b"other")]
 
 
 @pytest.mark.parametrize("content", [b"photo", b"other", b"longer photo", b""])
@@ -57,7 +65,7 @@ def test_a_file_that_was_written_again_is_read_again(tmp_path: Path, memory: Pat
     path = tmp_path / "a.jpg"
     digest_photos([_write(path, b"photo")], memory)
     assert digest_photos([_write(path, content, age_ns=HOUR_NS // 2)], memory) == [_digest(content)]
-    assert json.loads(memory.read_text())[str(path)][2] == _digest(content)
+    assert json.loads(memory.read_text())[str(path)][3] == _digest(content)
 
 
 def test_a_shorter_file_of_the_same_time_is_read_again(tmp_path: Path, memory: Path) -> None:

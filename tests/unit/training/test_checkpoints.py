@@ -351,12 +351,23 @@ SECTIONS = Recipe().to_dict()
 FREE_SECTIONS = {"checkpoint", "tracking"}
 FREE = {
     "run.name", "run.output_dir", "run.threads", "data.path", "data.num_workers", "encoder.weights", "encoder.cache",
-    "training.epochs", "training.max_steps", "training.patience", "training.log_every",
+    "encoder.compile", "encoder.gradient_checkpointing", "training.epochs", "training.max_steps", "training.patience", "training.log_every",
 }  # fmt: skip
 KEYS = [(section, key) for section, values in SECTIONS.items() for key in values]
 
 
-@pytest.mark.parametrize(("section", "key"), KEYS, ids=".".join)
+def test_a_checkpoint_from_before_a_key_had_its_default() -> None:
+    now = _identity()
+    older = copy.deepcopy(now.recipe)
+    del older["encoder"]["precision"]
+    check_identity(Path("step"), replace(now, recipe=older), now, print)
+    changed = copy.deepcopy(now.recipe)
+    changed["encoder"]["precision"] = "bf16"
+    with pytest.raises(CheckpointError, match="encoder.precision"):
+        check_identity(Path("step"), replace(now, recipe=older), replace(now, recipe=changed), print)
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda value: value)
 def test_recipe_keys_are_free_or_refused(section: str, key: str) -> None:
     saved = _identity()
     recipe = copy.deepcopy(saved.recipe)
