@@ -169,6 +169,9 @@ def benchmark(
         typer.Option(metavar="FOLDER", help="trained model for caption, on data.path; default: random weights"),
     ] = None,
     textbook: Annotated[bool, typer.Option(help="race the plain implementation")] = True,
+    textbook_images: Annotated[
+        int | None, typer.Option(min=1, help="images that it captions; default: a twentieth of the images")
+    ] = None,
     profile: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="traces of train-step and caption, and where the time goes")
     ] = None,
@@ -189,6 +192,7 @@ def benchmark(
         images=images,
         model=model,
         with_textbook=textbook,
+        textbook_images=textbook_images,
         profile=profile,
         output=as_json,
     )

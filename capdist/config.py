@@ -113,8 +113,8 @@ class EncoderSection(Section):
     """Arithmetic of a frozen encoder's pass: `auto` = bf16 where the processor has units for it, else float32;
     `inherit` = as training.mixed_precision took effect."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether the encoder that fills the cache is compiled: `auto` = once it is clear that minutes of encoding
-    remain."""
+    """Whether the encoder that fills the cache is compiled: `auto` = once it is clear that a quarter of an hour of
+    encoding remains."""
     gradient_checkpointing: bool = False
     """Recompute the activations of blocks that train in the backward pass: less memory, about a third more time."""
 

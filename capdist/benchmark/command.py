@@ -46,6 +46,7 @@ def run_benchmarks(
     images: int | None,
     model: Path | None,
     with_textbook: bool,
+    textbook_images: int | None = None,
     profile: Path | None,
     output: Path | None,
 ) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def run_benchmarks(
         images: Photos, images or training images of a benchmark; None = a fitting number for each.
         model: Trained model folder for `caption`.
         with_textbook: Whether the textbook runs beside capdist.
+        textbook_images: Images that the textbook captions in `caption`; None = a twentieth of the images.
         profile: Folder for traces, or None.
         output: JSON file, or None.
 
@@ -77,7 +79,7 @@ def run_benchmarks(
     tables = []
     for name in names or NAMES:
         trace = None if profile is None else profile / f"{name}.json"
-        table = _measure(name, work, repeats, images, model, with_textbook, trace)
+        table = _measure(name, work, repeats, images, model, with_textbook, textbook_images, trace)
         table.show(console)
         tables.append(table.to_dict())
         if name in ("train-step", "epoch"):  # they train, and hand the network to DDP
@@ -108,6 +110,7 @@ def _measure(
     images: int | None,
     model: Path | None,
     with_textbook: bool,
+    textbook_images: int | None,
     trace: Path | None,
 ) -> Table:
     batch_size = work.recipe.evaluation.batch_size
@@ -117,7 +120,7 @@ def _measure(
         return epoch(work, num_images=images or 6000, repeats=repeats, with_textbook=with_textbook)
     if name == "caption":
         number = images or 4 * batch_size
-        num_plain = max(1, number // 20) if with_textbook else 0
+        num_plain = (textbook_images or max(1, number // 20)) if with_textbook else 0
         return caption(work, num_images=number, num_plain=num_plain, model=model, repeats=repeats, trace=trace)
     measure = encode if name == "encode" else load_input
     return measure(work, num_photos=images or 2 * batch_size, repeats=repeats, with_textbook=with_textbook)

@@ -120,8 +120,8 @@ class Table:
     def show(self, console: Console) -> None:
         """Print it."""
         table = RichTable(title=self.name, title_justify="left")
-        for column in ("", "seconds", f"{self.unit}/s", "x textbook", "GFLOP/s", "of ceiling", ""):
-            table.add_column(column, justify="left" if not column else "right")
+        for column in ("", "seconds", f"{self.unit}/s", "x textbook", "GFLOP/s", "of ceiling"):
+            table.add_column(column, justify="left" if not column else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(
                 row.name,
@@ -130,9 +130,11 @@ class Table:
                 _show(self.times_textbook(row), ".1f"),
                 _show(row.gflops, ",.1f"),
                 _show(self.of_ceiling(row), ".0%"),
-                row.note,
             )
         console.print(table)
+        for row in self.rows:
+            if row.note:
+                console.print(f"  {row.name}: {row.note}")
         for kind, share in self.shares.items():
             console.print(f"  {share:6.1%}  {kind}")
         for name, value in self.facts.items():

@@ -11,8 +11,8 @@ from capdist.models.encoder_pass import EncoderPass
 
 logger = logging.getLogger(__name__)
 
-WORTH_IT_S = 300.0
-"""Seconds of encoding that must remain: compiling costs about a tenth of that, and wins about a quarter."""
+WORTH_IT_S = 900.0
+"""Seconds of encoding that must remain: compiling costs some tens, and won a twentieth where we measured."""
 
 
 class CompilingEncoder:

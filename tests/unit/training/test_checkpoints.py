@@ -351,7 +351,8 @@ SECTIONS = Recipe().to_dict()
 FREE_SECTIONS = {"checkpoint", "tracking"}
 FREE = {
     "run.name", "run.output_dir", "run.threads", "data.path", "data.num_workers", "encoder.weights", "encoder.cache",
-    "encoder.compile", "encoder.gradient_checkpointing", "training.epochs", "training.max_steps", "training.patience", "training.log_every",
+    "encoder.compile", "encoder.gradient_checkpointing", "training.epochs", "training.max_steps", "training.patience",
+    "training.log_every",
 }  # fmt: skip
 KEYS = [(section, key) for section, values in SECTIONS.items() for key in values]
 

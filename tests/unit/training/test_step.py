@@ -23,7 +23,7 @@ from capdist.models.caption_model import CaptionModel
 from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.training.launch import build_accelerator
-from capdist.training.step import TrainStep
+from capdist.training.step import MOST_SKIPPED_STEPS, TrainStep
 
 VOCABULARY, CHANNELS, CELLS, IMAGES, ROWS = 13, 6, 4, 6, 3
 LENGTHS = ((3, 7, 1), (5,), (), (2, 2), (9, 1, 4), (6,))  # words of each image's captions; one image has none
@@ -307,3 +307,24 @@ def test_photos_and_their_features_give_the_same_step() -> None:
         after.append(_weights(model))
     for name, values in after[0].items():
         torch.testing.assert_close(after[1][name], values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_whose_every_fp16_step_overflows_is_ended(fused: bool) -> None:
+    """The scaler of fp16, here on a CPU: the loss is infinite times its scale, whatever the scale."""
+    model = _model().float()
+    features = _features().astype(np.float32)
+    features[:] = 3e38
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    prepared, wrapped = accelerator.prepare(model.train(), optimizer)
+    step = TrainStep(accelerator, prepared, wrapped, _recipe(), PREPROCESSING, FeatureStore(features))
+    before = _weights(model)
+    batch = _samples([0, 1])
+    for index in range(MOST_SKIPPED_STEPS):
+        step(index, [batch])
+    with pytest.raises(NumericsError, match="fp16 overflowed in 31 steps"):
+        step(MOST_SKIPPED_STEPS, [batch])
+    for name, weights in _weights(model).items():
+        assert torch.equal(weights, before[name]), name
