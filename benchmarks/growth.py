@@ -133,7 +133,7 @@ def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
         for row, (key, title) in enumerate(shown.items()):
             axis = axes[row][column]
             axis.plot(xs, [p[key] for p in mine], "o-")
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(p[key] for p in points))
             if kind != "processes":
                 axis.set_xscale("log")
             axis.set_xticks(xs, [str(x) for x in xs])
