@@ -11,7 +11,7 @@ train: $(READY)
 	$(BIN)/accelerate launch --config_file accelerate_config.yaml capdist/train.py --config configs/scenes.yaml --resume
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ def evaluate(
     *,
     source: Annotated[str, typer.Option(help="scenes, flickr8k, karpathy, hub or folder")],
     path: Annotated[str | None, typer.Option(help="folder or file of the source, or a data set id")] = None,
-    split: Annotated[str, typer.Option(help="train, validation (dev) or test")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation (dev), dev-choose, dev-report or test")] = "test",
     beam_size: BeamSize = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first N images of the split")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images captioned at once")] = 64,

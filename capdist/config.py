@@ -60,7 +60,7 @@ class DataSection(Section):
     random_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Smallest share of a photo's area that a random training crop keeps; 1 = no cropping."""
     horizontal_flip: bool = False
-    """Mirror training photos at random. Off by default: captions say left and right."""
+    """Mirror every second training photo, and swap `left` and `right` in its captions."""
     color_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Strength of random brightness, contrast and saturation in training; 0 = none."""
     image_column: str | None = None
@@ -122,24 +122,37 @@ class EncoderSection(Section):
 class DecoderSection(Section):
     """The network that turns features into words."""
 
-    name: Literal["soft_attention"] = "soft_attention"
-    """`soft_attention`: the LSTM of Xu et al., Show, Attend and Tell (2015)."""
+    name: Literal["soft_attention", "multi_head", "up_down"] = "soft_attention"
+    """`soft_attention`: the LSTM of Xu et al., Show, Attend and Tell (2015); `multi_head`: the same with the attention
+    of Vaswani et al. (2017); `up_down`: the two LSTMs of Anderson et al. (2018)."""
     embed_size: Positive = 512
     """Width of a word vector."""
     hidden_size: Positive = 512
-    """Width of the LSTM state."""
+    """Width of the state of each LSTM."""
     attention_size: Positive = 512
-    """Width of the space in which query and keys meet."""
+    """Width of the space in which query and keys meet, of all heads together."""
+    num_heads: Positive = 8
+    """Heads of the attention of `multi_head`; attention_size and the width of the features are multiples of it."""
     dropout: Fraction = 0.5
     """Dropout on word vectors and on the state before the vocabulary head."""
+    feature_dropout: Fraction = 0.0
+    """Dropout on the projected features of an image, the same for all its captions and words."""
+    state_dropout: Fraction = 0.0
+    """Dropout on the state that goes from step to step, the same at all steps of a caption (Gal & Ghahramani 2016)."""
     gate: bool = True
-    """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1)."""
+    """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1); `up_down` has none."""
     tie_weights: bool = False
     """Use one matrix for word vectors and vocabulary head; needs embed_size = hidden_size."""
 
 
 class TrainingSection(Section):
     """How the weights change."""
+
+    stage: Literal["cross_entropy", "scst"] = "cross_entropy"
+    """`cross_entropy` learns the captions of people word by word; `scst` (self-critical sequence training, Rennie et
+    al. 2017) samples captions and learns from their scores, see section `scst`."""
+    start_from: Name | None = None
+    """Model folder whose weights training starts from; null = new weights."""
 
     epochs: Positive = 10
     """Passes over all training captions."""
@@ -167,10 +180,29 @@ class TrainingSection(Section):
     """Weight of the penalty that every cell be looked at about once (Xu et al., equation 14)."""
     mixed_precision: Literal["inherit", "no", "bf16", "fp16"] = "inherit"
     """Precision of the arithmetic; `inherit` takes what `accelerate launch` was given."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Validate and keep an exponential moving average of the weights, of which each step keeps this share; null =
+    the weights as they are."""
     patience: Positive | None = None
     """Stop after so many validations without a better score; null = never."""
     log_every: Positive = 10
     """Steps between two training lines of `log.jsonl`."""
+
+
+class ScstSection(Section):
+    """Self-critical training, `training.stage=scst`."""
+
+    samples: Annotated[int, Field(ge=1, le=64)] = 5
+    """Captions drawn of each image in a step."""
+    baseline: Literal["others", "greedy"] = "others"
+    """What a reward is compared with: the mean of the other samples of the image (Luo 2020), or the reward of its
+    greedy caption (Rennie et al. 2017)."""
+    cider_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of CIDEr-D, 0…10, in the reward; document frequencies are those of the training split."""
+    bleu_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of BLEU-4 of the caption, 0…1, in the reward."""
+    cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the cross-entropy of people's captions, learned along in the same steps."""
 
 
 class EvaluationSection(Section):
@@ -190,6 +222,9 @@ class EvaluationSection(Section):
     """Images captioned at once by one process."""
     select_by: Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"] = "cider"
     """Validation metric that decides which model is the best."""
+    halve_validation: bool = False
+    """Choose the best model on one half of the validation split; the other (`dev-report`) then gives the final scores
+    where there is no test split, scores on which nothing was chosen."""
 
 
 class CheckpointSection(Section):
@@ -219,6 +254,7 @@ class Recipe(Section):
     encoder: EncoderSection = EncoderSection()
     decoder: DecoderSection = DecoderSection()
     training: TrainingSection = TrainingSection()
+    scst: ScstSection = ScstSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
@@ -256,11 +292,21 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
             f"decoder.tie_weights: needs decoder.embed_size = decoder.hidden_size, "
             f"found {decoder.embed_size} and {decoder.hidden_size}"
         )
+    if decoder.name == "multi_head":
+        widths = {"decoder.attention_size": decoder.attention_size, "encoder.projection": encoder.projection or 0}
+        for key, width in widths.items():
+            if width % decoder.num_heads:
+                yield f"decoder.num_heads: {key} = {width} is no multiple of {decoder.num_heads}; change either"
     if recipe.evaluation.min_length > recipe.text.max_length:
         yield (
             f"evaluation.min_length: {recipe.evaluation.min_length} is more than "
             f"text.max_length = {recipe.text.max_length}; no caption could be both"
         )
+    scst = recipe.scst
+    if scst.samples == 1 and scst.baseline == "others":
+        yield "scst.samples: one sample has no others to be compared with; take 2 or more, or scst.baseline=greedy"
+    if scst.cider_weight == scst.bleu_weight == 0:
+        yield "scst.cider_weight: nothing is rewarded; set it or scst.bleu_weight"
     if data.source != "scenes" and data.path is None:
         yield f"data.path: missing; data.source={data.source} needs a folder (data.path=/where/it/is)"
     if encoder.trainable_from is None and recipe.training.encoder_learning_rate is not None:

@@ -64,14 +64,126 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         path: YAML file.
         overrides: `section.key=value`, values written as in YAML.
 
+    Returns:
+        The recipe, or the first of its stages.
+
+    Raises:
+        UsageError: with one line for each mistake in the file and the overrides.
+    """
+    return load_stages(path, overrides)[0]
+
+
+def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]:
+    """Read a recipe file whose training may come in stages, apply overrides, check everything.
+
+    Below `stages:` a file may name stages, each with the sections and keys in which it differs from the rest of the
+    file. Each is a run: the last has the name of the recipe, one before it that name, a hyphen and its own, and each
+    starts from the best model of the one before it.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value`, values written as in YAML; they hold in all stages.
+
+    Returns:
+        A recipe for each stage; one if the file names none.
+
     Raises:
         UsageError: with one line for each mistake in the file and the overrides.
     """
     mistakes: list[str] = []
     values, places = _read_yaml(Path(path), mistakes)
-    for override in overrides:
-        _apply_override(values, places, override, mistakes)
-    return _validate(values, places, str(path), mistakes)
+    stages = values.pop("stages", None)
+    if stages is None:
+        for override in overrides:
+            _apply_override(values, places, override, mistakes)
+        return [_validate(values, places, str(path), mistakes)]
+    recipes: list[Recipe] = []
+    for name, changes in _check_stages(stages, places, mistakes).items():
+        of_stage, places_of_stage = _merge(values, places, name, changes)
+        for override in overrides:
+            _apply_override(of_stage, places_of_stage, override, mistakes)
+        try:
+            recipes.append(_validate(of_stage, places_of_stage, str(path), []))
+        except UsageError as error:
+            mistakes += error.mistakes
+    if not mistakes:
+        mistakes += _differences_between_stages(recipes, list(stages), places)
+    if mistakes:
+        raise UsageError(*dict.fromkeys(mistakes))
+    return _chain(recipes, list(stages))
+
+
+def _check_stages(stages: Any, places: Places, mistakes: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the stages that make sense, telling of the others."""
+    place = places.get(("stages",), "recipe")
+    if not isinstance(stages, dict) or not stages:
+        raise UsageError(f"{place}: stages: names stages, each with sections of keys, found {_show(stages)}")
+    sound = {}
+    for name, changes in stages.items():
+        place = places.get(("stages", str(name)), place)
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w\-]*", name):
+            mistakes.append(f"{place}: stages.{name}: must be a name of letters, digits, '-' and '_'")
+        elif not isinstance(changes, dict | None) or not all(isinstance(v, dict) for v in (changes or {}).values()):
+            mistakes.append(f"{place}: stages.{name}: expected sections of keys, found {_show(changes)}")
+        else:
+            sound[name] = changes or {}
+    return sound
+
+
+def _merge(
+    values: Mapping[str, Any], places: Places, stage: str, changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], Places]:
+    merged: dict[str, Any] = copy.deepcopy(dict(values))
+    for section, keys in changes.items():
+        base = merged.get(section) or {}
+        merged[section] = {**base, **keys} if isinstance(base, dict) else base
+    above = ("stages", stage)
+    return merged, places | {place[2:]: where for place, where in places.items() if place[:2] == above and place[2:]}
+
+
+_KEYS_OF_STAGES = {
+    "data": {
+        "batch_size", "captions_per_image", "image_size", "num_workers", "random_crop", "horizontal_flip",
+        "color_jitter",
+    },
+    "encoder": {
+        "trainable_from", "batch_norm", "cache", "cache_views", "precision", "compile", "gradient_checkpointing",
+    },
+    "decoder": {"dropout"},
+}  # fmt: skip
+_SECTIONS_OF_STAGES = ("training", "scst", "evaluation", "checkpoint")
+
+
+def _differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str], places: Places) -> list[str]:
+    """Return mistakes for keys in which stages differ although their models could not go on from each other."""
+    mistakes = []
+    first = recipes[0].to_dict()
+    for name, recipe in zip(names, recipes, strict=True):
+        for section, keys in recipe.to_dict().items():
+            for key, value in keys.items():
+                if not _may_differ(section, key) and value != first[section][key]:
+                    where = (("stages", stage, section, key) for stage in (name, *names))
+                    place = next(places[key] for key in where if key in places)
+                    mistakes.append(f"{place}: {section}.{key}: must be the same in all stages; set it outside them")
+    return mistakes
+
+
+def _may_differ(section: str, key: str) -> bool:
+    if section in _SECTIONS_OF_STAGES:
+        return (section, key) != ("training", "mixed_precision")
+    return key in _KEYS_OF_STAGES.get(section, ())
+
+
+def _chain(recipes: Sequence[Recipe], names: Sequence[str]) -> list[Recipe]:
+    chained: list[Recipe] = []
+    for index, (name, recipe) in enumerate(zip(names, recipes, strict=True)):
+        run, training = recipe.run, recipe.training
+        if index < len(recipes) - 1:
+            run = run.model_copy(update={"name": f"{run.name}-{name}"})
+        if chained:
+            training = training.model_copy(update={"start_from": str(chained[-1].run_folder / "model")})
+        chained.append(recipe.model_copy(update={"run": run, "training": training}))
+    return chained
 
 
 def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __package__ in (None, ""):  # started as a file: this folder must not be where imports are looked up first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -16,7 +16,10 @@ if __package__ in (None, ""):  # started as a file: this folder must not be wher
 from capdist.config import Recipe
 from capdist.errors import run_program
 from capdist.processor import spin_briefly
-from capdist.recipe_file import load_recipe, save_recipe
+from capdist.recipe_file import load_stages, save_recipe
+
+if TYPE_CHECKING:
+    from capdist.training.launch import Accelerator
 
 spin_briefly()
 
@@ -28,7 +31,7 @@ class TrainResult:
     Attributes:
         folder: Of the run.
         steps: Optimizer steps taken, over all its starts.
-        split: Split of the final scores: `test`, or `validation` if the source has no test split.
+        split: Split of the final scores: `test`, or the reported half of `validation`, or `validation`.
         metrics: Final scores of the best model.
     """
 
@@ -56,11 +59,38 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
-    """Run a recipe from data to final scores.
+def train(stages: Sequence[Recipe], *, resume: bool = False) -> TrainResult:
+    """Run the stages of a recipe one after the other, each from data to final scores.
 
     Args:
-        recipe: What to train.
+        stages: What to train; see `load_stages`.
+        resume: Continue the runs in the stages' folders.
+
+    Returns:
+        What the last stage came to.
+
+    Raises:
+        CapdistError: the class says what kind of thing went wrong.
+    """
+    from capdist.training import launch
+    from capdist.training.setup import refuse_to_overwrite
+
+    accelerator = launch.build_accelerator(stages[0])
+    if not resume:  # now, not when the first stage is over
+        refuse_to_overwrite([stage.run_folder for stage in stages], accelerator)
+    for stage in stages:
+        result = train_stage(accelerator, stage, resume=resume)
+        accelerator.free_memory()
+    accelerator.end_training()
+    return result
+
+
+def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = False) -> TrainResult:
+    """Run one stage.
+
+    Args:
+        accelerator: The processes of this launch.
+        recipe: Of the stage.
         resume: Continue the run in the recipe's folder.
 
     Raises:
@@ -78,23 +108,23 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
     from capdist.training.evaluation import Evaluator, search_options
     from capdist.training.loop import Loop
     from capdist.training.optimization import build_optimizer
-    from capdist.training.setup import describe_start, identify, refuse_to_overwrite, show_start
+    from capdist.training.setup import describe_start, identify, refuse_to_overwrite, show_start, start_from
     from capdist.training.stopping import StopSignals
     from capdist.training.tracking import Tracking
 
-    # The processes of this launch, and the folder that is theirs alone.
-    accelerator = launch.build_accelerator(recipe)
     folder = recipe.run_folder
     with launch.exclusive(folder, accelerator):
         if not resume:
-            refuse_to_overwrite(folder, accelerator)
+            refuse_to_overwrite([folder], accelerator)
 
         # Photos and captions, words, network.
-        data = prepare(recipe.data, recipe.text)
+        data = prepare(recipe)
         torch.manual_seed(seed_of(recipe.run.seed, "weights"))
         model = build_model(
             recipe.encoder, recipe.decoder, vocab_size=len(data.vocabulary), pad_id=data.vocabulary.pad_id
         ).to(accelerator.device)
+        if recipe.training.start_from is not None:
+            start_from(recipe.training.start_from, model, data.vocabulary)
         preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
         optimizer = build_optimizer(model, recipe.training)
         identity = identify(recipe, data, model, accelerator)
@@ -128,7 +158,6 @@ def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
             tracking.log({"split": scored, "final": True, **metrics}, state.step, group="final")
         finally:
             tracking.close()
-        accelerator.end_training()
     return TrainResult(folder, state.step, scored, metrics)
 
 
@@ -143,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     """
     arguments = parse_arguments(argv)
     logging.basicConfig(format="%(message)s")  # warnings of libraries; launch decides who says capdist's own
-    return train(load_recipe(arguments.config, arguments.overrides), resume=arguments.resume)
+    return train(load_stages(arguments.config, arguments.overrides), resume=arguments.resume)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Shapes: B images, R captions an image, T words; captions are B·R rows, those of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -40,11 +40,13 @@ class Sample(NamedTuple):
     """One image and some of its captions.
 
     Attributes:
+        image: Row of the split.
         feature_row: Row of the feature store, which is that of the split unless views are cached.
         pixels: uint8 (3, S, S), or None when features are cached.
         captions: Ids, without `<bos>`; none for a filler.
     """
 
+    image: int
     feature_row: int
     pixels: Tensor | None
     captions: list[Tensor]
@@ -55,6 +57,7 @@ class CaptionBatch:
     """An image-major batch.
 
     Attributes:
+        image_rows: (B,) rows of the split.
         feature_rows: (B,) rows of the feature store, which are those of the split unless views are cached.
         images: uint8 (B, 3, S, S), or None when features are cached.
         input_ids: (B·R, T), `<bos> a dog`, padded.
@@ -63,8 +66,10 @@ class CaptionBatch:
         lengths: (B·R,) labels of each row, for the host: asking the device would make it wait.
         num_tokens: Labels that count.
         num_captions: Captions that count.
+        weights: (B·R,) by which the loss of each caption is multiplied; None = 1.
     """
 
+    image_rows: Tensor
     feature_rows: Tensor
     images: Tensor | None
     input_ids: Tensor
@@ -73,6 +78,7 @@ class CaptionBatch:
     lengths: tuple[int, ...]
     num_tokens: int
     num_captions: int
+    weights: Tensor | None = None
 
     def to(self, device: torch.device) -> CaptionBatch:
         """Copy the tensors to a device."""
@@ -110,8 +116,8 @@ class Views:
         return image * self.count + (first + epoch) % self.count
 
     def seed_of_view(self, image: int, view: int) -> int:
-        """Return the seed from which a view is drawn."""
-        return seed_of(self.seed, "view", image, view)
+        """Return the seed from which a view is drawn; every second view of an image is mirrored if any is."""
+        return seed_of(self.seed, "view", image, view) // 2 * 2 + view % 2
 
 
 def build_views(recipe: Recipe) -> Views | None:
@@ -131,6 +137,7 @@ class CaptionDataset(Dataset[Sample | DataError]):
         captions_per_image: R.
         seed: Of the run.
         views: If features of several views are cached.
+        mirrored_words: Words to be replaced in the captions of mirrored photos; see `Vocabulary.mirrored_words`.
     """
 
     def __init__(
@@ -142,6 +149,7 @@ class CaptionDataset(Dataset[Sample | DataError]):
         captions_per_image: int,
         seed: int,
         views: Views | None = None,
+        mirrored_words: Mapping[int, int] | None = None,
     ) -> None:
         self.photos = photos
         self.captions = captions
@@ -150,6 +158,7 @@ class CaptionDataset(Dataset[Sample | DataError]):
         self.captions_per_image = captions_per_image
         self.seed = seed
         self.views = views
+        self.mirrored_words = mirrored_words or {}
 
     def __getitem__(self, key: SampleKey) -> Sample | DataError:
         """Make a sample; a broken photo is handed back as its error: raised in a worker it would lose its class."""
@@ -158,7 +167,12 @@ class CaptionDataset(Dataset[Sample | DataError]):
         except DataError as error:
             return error
         row = key.image if self.views is None else self.views.row(key.image, key.epoch)
-        return Sample(row, pixels, [] if key.is_filler else self._captions(key))
+        captions = [] if key.is_filler else self._captions(key)
+        if captions and self._is_mirrored(key, row):
+            captions = [
+                caption.clone().apply_(lambda word: self.mirrored_words.get(word, word)) for caption in captions
+            ]
+        return Sample(key.image, row, pixels, captions)
 
     def _captions(self, key: SampleKey) -> list[Tensor]:
         captions = self.captions.captions(key.image)
@@ -168,20 +182,24 @@ class CaptionDataset(Dataset[Sample | DataError]):
         chosen = order[key.part * self.captions_per_image :][: self.captions_per_image]
         return [torch.from_numpy(captions[i]).long() for i in chosen]
 
+    def _is_mirrored(self, key: SampleKey, row: int) -> bool:
+        if self.views is not None:
+            return self.views.augmentation.mirrors(self.views.seed_of_view(key.image, row % self.views.count))
+        return self.augmentation is not None and self.augmentation.mirrors(self._augmentation_seed(key))
+
+    def _augmentation_seed(self, key: SampleKey) -> int:
+        return seed_of(self.seed, "augmentation", key.epoch, key.image, key.part)
+
     def _pixels(self, key: SampleKey) -> Tensor:
         assert self.photos is not None
         photo = self.photos[key.image]
         if self.augmentation is None:
             return self.preprocessing.load(photo)
-        seed = seed_of(self.seed, "augmentation", key.epoch, key.image, key.part)
-        return _augmented(photo, self.preprocessing, self.augmentation, seed)
+        return _augmented(photo, self.preprocessing, self.augmentation, self._augmentation_seed(key))
 
 
 def _augmented(photo: Any, preprocessing: Preprocessing, augmentation: Augmentation, seed: int) -> Tensor:
-    image = to_tensor(open_photo(photo, preprocessing.image_size))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return augmentation(image)
+    return augmentation(to_tensor(open_photo(photo, preprocessing.image_size)), seed)
 
 
 class Collator:
@@ -211,6 +229,7 @@ class Collator:
                 input_ids[index, 1 : len(row)] = row[:-1]
         pixels = [s.pixels for s in good if s.pixels is not None]
         return CaptionBatch(
+            image_rows=torch.tensor([s.image for s in good]),
             feature_rows=torch.tensor([s.feature_row for s in good]),
             images=torch.stack(pixels) if pixels else None,
             input_ids=input_ids,

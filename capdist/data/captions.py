@@ -86,6 +86,18 @@ class CaptionTable:
         return [self.ids[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
+def reference_ids(images: Sequence[Sequence[Sequence[str]]], vocabulary: Vocabulary) -> list[list[NDArray[np.int64]]]:
+    """Return whole captions by image as ids, ended by `<eos>`, each word outside the vocabulary with an id of its own.
+
+    No sampled word ever equals such a word, as in a score that compares the words themselves.
+    """
+    ids = {word: index for index, word in enumerate(vocabulary.words)}
+    return [
+        [np.array([*(ids.setdefault(word, len(ids)) for word in caption), vocabulary.eos_id]) for caption in captions]
+        for captions in images
+    ]
+
+
 def tokenize_images(images: Iterable[Sequence[str]]) -> list[list[list[str]]]:
     """Tokenise raw captions by image, all in one go."""
     images = list(images)

@@ -69,12 +69,12 @@ class Preprocessing:
 
 
 class Augmentation:
-    """Random changes of a training photo, drawn from torch's global generator, which the caller seeds for each sample.
+    """Random changes of a training photo, each a function of the photo and a seed.
 
     Args:
         image_size: S.
         random_crop: Smallest share of the area that is kept; 1 = squash the whole photo.
-        horizontal_flip: Mirror every second photo.
+        horizontal_flip: Mirror the photos of every second seed.
         color_jitter: Strength of brightness, contrast and saturation.
     """
 
@@ -85,16 +85,21 @@ class Augmentation:
             steps.append(v2.RandomResizedCrop(size, scale=(random_crop, 1.0), antialias=True))
         else:
             steps.append(v2.Resize(size, antialias=True))
-        if horizontal_flip:
-            steps.append(v2.RandomHorizontalFlip())
         if color_jitter:
             steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
         self._transform = v2.Compose(steps)
+        self._flips = horizontal_flip
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """Change a photo, uint8 (3, height, width) to uint8 (3, S, S)."""
-        changed: Tensor = self._transform(image)
-        return changed
+    def mirrors(self, seed: int) -> bool:
+        """Return whether a photo is mirrored: odd seeds do it, so that whoever reads its captions can know."""
+        return self._flips and seed % 2 == 1
+
+    def __call__(self, image: Tensor, seed: int) -> Tensor:
+        """Change a photo, uint8 (3, height, width) to uint8 (3, S, S), leaving torch's generators alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            changed: Tensor = self._transform(image)
+        return changed.flip(-1).contiguous() if self.mirrors(seed) else changed
 
 
 def build_augmentation(data: DataSection) -> Augmentation | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from capdist.config import DataSection, TextSection
+from capdist.config import DataSection, Recipe, TextSection
 from capdist.data.captions import CaptionTable, tokenize_images
 from capdist.data.sources import load_source
 from capdist.errors import DataError
@@ -16,7 +16,16 @@ from capdist.text.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from capdist.data.sources import LoadedData
 
-SPLIT_ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
+CHOOSE, REPORT = "validation-choose", "validation-report"
+"""Halves of the validation split: on one a model and its search are chosen, on the other nothing ever is."""
+
+SPLIT_ALIASES = {
+    "dev": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev-choose": CHOOSE,
+    "dev-report": REPORT,
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class Split:
     """Photos and references of one split, row by row.
 
     Attributes:
-        name: `train`, `validation` or `test`.
+        name: `train`, `validation`, `test`, or a half of `validation`.
         image_ids: Id of each image.
         photos: `path` and/or `bytes` of each image.
         references: Raw captions of each image.
@@ -57,13 +66,25 @@ class PreparedData:
         splits: By name; a source may lack `validation` or `test`.
         vocabulary: Counted on the training split only.
         captions: Of the training split.
+        words: Of each training caption by image, for stages that score captions; otherwise none are kept.
         notes: Oddities of the source, counted, in plain words.
     """
 
     splits: Mapping[str, Split]
     vocabulary: Vocabulary
     captions: CaptionTable
+    words: Sequence[Sequence[Sequence[str]]]
     notes: tuple[str, ...]
+
+    @property
+    def choosing(self) -> Split | None:
+        """The split on which the best model is chosen, if there is one."""
+        return self.splits.get(CHOOSE) or self.splits.get("validation")
+
+    @property
+    def reporting(self) -> Split | None:
+        """The split of the final scores: the first that nothing was chosen on, if there is one."""
+        return next((self.splits[n] for n in ("test", REPORT, "validation") if n in self.splits), None)
 
 
 def read_source(data: DataSection) -> LoadedData:
@@ -84,32 +105,49 @@ def read_source(data: DataSection) -> LoadedData:
 
 
 def get_split(loaded: LoadedData, name: str) -> Split:
-    """Return a split; `dev` and `val` are names of `validation`.
+    """Return a split; `dev` and `val` are names of `validation`, `dev-choose` and `dev-report` of its halves.
+
+    A half is made of every second image in the order of the SHA-256 of their ids, so that it is the same everywhere.
 
     Raises:
         DataError: if the source has no such split.
     """
     name = SPLIT_ALIASES.get(name, name)
-    if name not in loaded.splits:
-        raise DataError(f"data: the source has no split {name!r}; it has {', '.join(loaded.splits)}")
-    rows = loaded.splits[name]
+    whole = "validation" if name in (CHOOSE, REPORT) else name
+    if whole not in loaded.splits:
+        raise DataError(f"data: the source has no split {whole!r}; it has {', '.join(loaded.splits)}")
+    rows = loaded.splits[whole]
+    if whole != name:
+        digests = [hashlib.sha256(image_id.encode()).digest() for image_id in rows["image_id"]]
+        in_order = sorted(range(len(digests)), key=digests.__getitem__)
+        rows = rows.select(sorted(in_order[name == REPORT :: 2]))
     return Split(name, list(rows["image_id"]), rows.select_columns("image")["image"], list(rows["captions"]))
 
 
-def prepare(data: DataSection, text: TextSection) -> PreparedData:
-    """Load a source, count its words and encode its captions.
+def get_splits(loaded: LoadedData, halve_validation: bool) -> dict[str, Split]:
+    """Return all splits of a source by name, `validation` in halves if so wanted and it has two images."""
+    names = list(loaded.splits)
+    if halve_validation and len(loaded.splits.get("validation", ())) > 1:
+        where = names.index("validation")
+        names[where : where + 1] = [CHOOSE, REPORT]
+    return {name: get_split(loaded, name) for name in names}
+
+
+def prepare(recipe: Recipe) -> PreparedData:
+    """Load the source of a recipe, count its words and encode its captions.
 
     Raises:
         DataError: if there is nothing to train on, and as `read_source`.
     """
-    loaded = read_source(data)
+    loaded, text = read_source(recipe.data), recipe.text
     if "train" not in loaded.splits:
         raise DataError(f"data: the source has no training split; it has {', '.join(loaded.splits)}")
-    splits = {name: get_split(loaded, name) for name in loaded.splits}
+    splits = get_splits(loaded, recipe.evaluation.halve_validation)
     words = tokenize_images(splits["train"].references)
     vocabulary = Vocabulary.count((caption for captions in words for caption in captions), text.min_frequency)
     captions = CaptionTable.build(words, vocabulary, text.max_length)
-    return PreparedData(splits, vocabulary, captions, (*loaded.notes, *_caption_notes(captions, text)))
+    kept = words if recipe.training.stage == "scst" else []
+    return PreparedData(splits, vocabulary, captions, kept, (*loaded.notes, *_caption_notes(captions, text)))
 
 
 def _caption_notes(captions: CaptionTable, text: TextSection) -> list[str]:

@@ -42,7 +42,7 @@ def evaluate_folder(
         model: Model folder or hub id.
         source: As `data.source` of a recipe.
         path: As `data.path`.
-        split: `train`, `validation` (or `dev`) or `test`.
+        split: `train`, `validation` (or `dev`), a half of it (`dev-choose`, `dev-report`) or `test`.
         beam_size: Beams; None = as the model was validated.
         limit: First so many images.
         batch_size: Images captioned at once by one process.

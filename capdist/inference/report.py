@@ -27,30 +27,29 @@ def final_report(
     evaluator: Evaluator,
     features: Mapping[str, FeatureStore],
 ) -> tuple[str, dict[str, Any]]:
-    """Score the run's best model on the test split, or on validation if there is no other, and show it.
+    """Score the run's best model on the split that nothing was chosen on, or on validation, and show it.
 
     Returns:
         The split and the metrics, which the model folder then carries.
     """
-    name = next((n for n in ("test", "validation") if n in data.splits), None)
+    split = data.reporting
     folder = recipe.run_folder / "model"
-    if name is None:
+    if split is None:
         return "none", {}
     accelerator = evaluator.accelerator
     trained = load_pretrained(folder)
-    split = data.splits[name]
     evaluation = evaluator.evaluate(
-        trained.model.to(accelerator.device), split, features.get(name), (*FAST_METRICS, "meteor")
+        trained.model.to(accelerator.device), split, features.get(split.name), (*FAST_METRICS, "meteor")
     )
 
     def show() -> None:
-        update_metrics(replace(trained, metrics={"split": name, **evaluation.metrics}), folder)
-        title = f"{recipe.run.name}: {name} split"
+        update_metrics(replace(trained, metrics={"split": split.name, **evaluation.metrics}), folder)
+        title = f"{recipe.run.name}: {split.name} split"
         print_scores(f"{title}, beam {recipe.evaluation.beam_size}", evaluation.metrics, constant_baseline(data, split))
         show_samples(split, evaluation, recipe.run_folder / "samples.png", title)
 
     on_main(accelerator, show)
-    return name, evaluation.metrics
+    return split.name, evaluation.metrics
 
 
 def constant_baseline(data: PreparedData, split: Split) -> tuple[str, dict[str, Any]]:

@@ -15,6 +15,9 @@ from capdist.models.deferred import StepSigmoidDot
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From the queries of rows to their contexts, and to weights over the cells that sum to one."""
 
+Memory = tuple[Tensor, Tensor]
+"""What an attention looks at, (B, …) each: made once an image, however many words of however many rows look at it."""
+
 
 class AdditiveAttention(nn.Module):
     """Soft attention over cells, Bahdanau et al. (2015) as used by Xu et al., Show, Attend and Tell (2015).
@@ -35,18 +38,13 @@ class AdditiveAttention(nn.Module):
         # No bias: adding the same number to the scores of all cells changes nothing after the softmax.
         self.score = nn.Linear(attention_size, 1, bias=False)
 
-    def keys(self, features: Tensor) -> Tensor:
-        """Return doubled keys (B, N, A) of features (B, N, C): once an image, however many words look at it."""
-        keys: Tensor = 2 * self.key(features)
-        return keys
+    def memory(self, features: Tensor) -> Memory:
+        """Return features (B, N, C) as they are, and their doubled keys (B, N, A)."""
+        return features, 2 * self.key(features)
 
-    def of_rows(self, features: Tensor, keys: Tensor) -> Look:
-        """Return the attention of as many rows for each image: queries (B, R, A) to contexts (B, R, C).
-
-        Args:
-            features: (B, N, C).
-            keys: (B, N, A) from `keys`.
-        """
+    def of_rows(self, memory: Memory) -> Look:
+        """Return the attention of as many rows for each image: queries (B, R, A) to contexts (B, R, C)."""
+        features, keys = memory
         vector = 2 * self.score.weight[0].to(keys.dtype)
 
         def look(queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,17 +54,17 @@ class AdditiveAttention(nn.Module):
 
         return look
 
-    def of_captions(self, features: Tensor, keys: Tensor, rows: Tensor) -> Look:
+    def of_captions(self, memory: Memory, rows: Tensor) -> Look:
         """Return the attention of captions of different lengths: queries (r, A) to contexts (r, C).
 
         The first r rows look, those whose captions have not ended. Neither features nor their gradients are ever
         repeated for the captions of an image.
 
         Args:
-            features: (B, N, C).
-            keys: (B, N, A) from `keys`.
+            memory: Of the images.
             rows: (B·R,) which caption each row is, those of an image being numbered side by side.
         """
+        features, keys = memory
         num_captions = len(rows) // len(features)
         scores = StepSigmoidDot(keys[rows // num_captions], 2 * self.score.weight[0])
 

@@ -6,15 +6,18 @@ Shapes: B images, R captions an image, T words, N cells, C channels, V vocabular
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capdist.config import DecoderSection, EncoderSection
-from capdist.models.decoder import DecoderState, Packing, SoftAttentionDecoder
+from capdist.errors import UsageError
+from capdist.models.decoder import Decoder, DecoderState, SoftAttentionDecoder
 from capdist.models.encoder import Encoder, build_backbone
+from capdist.models.packing import Packing
+from capdist.models.up_down import UpDownDecoder
 from capdist.text.vocabulary import IGNORED_LABEL
 
 
@@ -41,7 +44,7 @@ class CaptionModel(nn.Module):
         projection: Width of a 1x1 convolution over the features, or None.
     """
 
-    def __init__(self, encoder: Encoder, decoder: SoftAttentionDecoder, projection: int | None) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder, projection: int | None) -> None:
         super().__init__()
         self.encoder = encoder
         # On cells a 1x1 convolution is a linear layer.
@@ -56,6 +59,7 @@ class CaptionModel(nn.Module):
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
         lengths: Sequence[int] | None = None,
+        weights: Tensor | None = None,
         label_smoothing: float = 0.0,
     ) -> CaptionLoss:
         """Return the loss of an image-major batch.
@@ -66,6 +70,7 @@ class CaptionModel(nn.Module):
             pixel_values: (B, 3, height, width), normalised; or
             features: (B, N, C) that `encode` made earlier.
             lengths: Labels of each row, if they are known already: finding out makes the host wait for the device.
+            weights: (B·R,) by which the cross-entropy of each row is multiplied; None = 1.
             label_smoothing: Share of probability spread over all words.
         """
         if features is None:
@@ -79,10 +84,12 @@ class CaptionModel(nn.Module):
         logits = self.decoder.head(hidden)
         # The sum over words needs float32 even where the step is computed in less.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        cross_entropy = F.cross_entropy(logits, packing.pick(labels), label_smoothing=label_smoothing, reduction="sum")
+        of_words = F.cross_entropy(logits, packing.pick(labels), label_smoothing=label_smoothing, reduction="none")
+        if weights is not None:
+            of_words = of_words * packing.pick(weights[:, None].expand_as(labels))
         repeats = self.encoder.repeats(features.shape[1])
         penalty = repeats * ((1 - looked / repeats) ** 2).sum(dim=-1)
-        return CaptionLoss(cross_entropy, (penalty * (labels[:, 0] != IGNORED_LABEL)).sum())
+        return CaptionLoss(of_words.sum(), (penalty * (labels[:, 0] != IGNORED_LABEL)).sum())
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the encoder's features (B, N, C) of normalised photos (B, 3, height, width)."""
@@ -94,15 +101,15 @@ class CaptionModel(nn.Module):
         return self.decoder.init_state(self.projection(features))
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
-        """Read one word a row; see `SoftAttentionDecoder.step`."""
+        """Read one word a row; see `Decoder.step`."""
         return self.decoder.step(tokens, state)
 
     def reorder(self, state: DecoderState, parents: Tensor) -> DecoderState:
-        """Continue from other rows; see `SoftAttentionDecoder.reorder`."""
+        """Continue from other rows; see `Decoder.reorder`."""
         return self.decoder.reorder(state, parents)
 
     def select(self, state: DecoderState, images: Tensor) -> DecoderState:
-        """Keep some images; see `SoftAttentionDecoder.select`."""
+        """Keep some images; see `Decoder.select`."""
         return self.decoder.select(state, images)
 
 
@@ -119,20 +126,11 @@ def build_model(
         load_weights: False leaves the encoder's weights to be loaded with the rest of a saved model.
 
     Raises:
-        UsageError, CheckpointError, StorageError: as `build_backbone`.
+        UsageError: as `build_backbone`, or the heads of the attention cannot share the features.
+        CheckpointError, StorageError: as `build_backbone`.
     """
     backbone = build_backbone(encoder.name, encoder.stage, encoder.weights if load_weights else "none")
-    decoder_module = SoftAttentionDecoder(
-        feature_size=encoder.projection or backbone.channels,
-        vocab_size=vocab_size,
-        embed_size=decoder.embed_size,
-        hidden_size=decoder.hidden_size,
-        attention_size=decoder.attention_size,
-        dropout=decoder.dropout,
-        gate=decoder.gate,
-        tie_weights=decoder.tie_weights,
-        pad_id=pad_id,
-    )
+    decoder_module = _build_decoder(decoder, encoder.projection or backbone.channels, vocab_size, pad_id)
     encoder_module = Encoder(
         backbone,
         grid=encoder.grid,
@@ -142,3 +140,27 @@ def build_model(
     )
     model = CaptionModel(encoder_module, decoder_module, encoder.projection)
     return model.to(memory_format=torch.channels_last)
+
+
+def _build_decoder(decoder: DecoderSection, feature_size: int, vocab_size: int, pad_id: int) -> Decoder:
+    common: dict[str, Any] = {
+        "feature_size": feature_size,
+        "vocab_size": vocab_size,
+        "embed_size": decoder.embed_size,
+        "hidden_size": decoder.hidden_size,
+        "attention_size": decoder.attention_size,
+        "dropout": decoder.dropout,
+        "tie_weights": decoder.tie_weights,
+        "pad_id": pad_id,
+        "feature_dropout": decoder.feature_dropout,
+        "state_dropout": decoder.state_dropout,
+    }
+    if decoder.name == "up_down":
+        return UpDownDecoder(**common)
+    num_heads = decoder.num_heads if decoder.name == "multi_head" else None
+    if num_heads is not None and feature_size % num_heads:
+        raise UsageError(
+            f"decoder.num_heads: {num_heads} heads cannot share {feature_size} channels; "
+            f"set encoder.projection to a multiple of {num_heads}, or change this key"
+        )
+    return SoftAttentionDecoder(**common, gate=decoder.gate, num_heads=num_heads)

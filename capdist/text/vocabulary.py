@@ -70,6 +70,17 @@ class Vocabulary:
         return (self.pad_id, self.bos_id, self.unk_id)
 
     @property
+    def mirrored_words(self) -> dict[int, int]:
+        """Ids of `left` and `right`, and of words that begin with them, each to that of its opposite."""
+        opposites = {}
+        for word in self.words:
+            for one, other in (("left", "right"), ("right", "left")):
+                opposite = other + word.removeprefix(one)
+                if word.startswith(one) and opposite in self._ids:
+                    opposites[self._ids[word]] = self._ids[opposite]
+        return opposites
+
+    @property
     def digest(self) -> str:
         """SHA-256 of words and their order."""
         return hashlib.sha256("\n".join(self.words).encode()).hexdigest()

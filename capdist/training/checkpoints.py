@@ -24,8 +24,10 @@ from capdist.config import Recipe
 from capdist.errors import CheckpointError
 from capdist.files import flush_to_disk
 from capdist.model_folder import sha256
+from capdist.training.averaging import WeightAverage
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+AVERAGE = "average.safetensors"
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -76,7 +78,7 @@ class Identity:
 FREE_KEYS = {
     ("run", "name"), ("run", "output_dir"), ("run", "threads"), ("data", "path"), ("data", "num_workers"),
     ("encoder", "weights"), ("encoder", "cache"), ("encoder", "compile"), ("encoder", "gradient_checkpointing"),
-    ("training", "epochs"), ("training", "max_steps"),
+    ("training", "start_from"), ("training", "epochs"), ("training", "max_steps"),
     ("training", "patience"), ("training", "log_every"),
 }  # fmt: skip
 """Recipe keys that a resumed run may change; so may `checkpoint`, `tracking`, and `evaluation` but for `select_by`."""
@@ -89,6 +91,7 @@ def save_checkpoint(
     vocabulary: str,
     state: TrainState,
     identity: Identity,
+    average: WeightAverage | None = None,
 ) -> Path:
     """Write a checkpoint of `state.step` under `folder` and return its path.
 
@@ -99,6 +102,7 @@ def save_checkpoint(
         vocabulary: Contents of `vocabulary.json`.
         state: Where the run is.
         identity: What it is.
+        average: Of the weights, if the run has one.
     """
     final = folder / f"step_{state.step:08d}"
     staging = folder / f".tmp_{final.name}"
@@ -107,6 +111,8 @@ def save_checkpoint(
     try:
         save_model(model, str(staging / MODEL))
         save_file(_flatten(optimizer.state_dict()["state"]), str(staging / OPTIMIZER))
+        if average is not None:
+            save_file(average.tensors, str(staging / AVERAGE))
         (staging / "vocabulary.json").write_text(vocabulary, encoding="utf-8")
         (staging / STATE).write_text(json.dumps({"state": asdict(state), "identity": asdict(identity)}, indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(staging.iterdir())}
@@ -239,8 +245,10 @@ def _recipe_differences(
                 yield section, key, before.get(key), after.get(key)
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put weights and optimizer state of a checkpoint, already found whole, in place.
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
+) -> None:
+    """Put weights, their average and optimizer state of a checkpoint, already found whole, in place.
 
     Raises:
         CheckpointError: if they do not fit the model.
@@ -250,6 +258,10 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
         state = _unflatten(load_file(checkpoint / OPTIMIZER))
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         _lay_out(optimizer)
+        if average is not None:
+            saved = load_file(checkpoint / AVERAGE)
+            for name, tensor in average.tensors.items():
+                tensor.copy_(saved[name])
     except (RuntimeError, ValueError, KeyError) as error:
         raise CheckpointError(f"{checkpoint}: does not fit this model ({str(error).splitlines()[0][:160]})") from None
 

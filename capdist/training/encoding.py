@@ -140,7 +140,8 @@ class _SplitEncoder:
 
     def _describe(self, views: Views) -> dict[str, Any]:
         augmentation = self.recipe.data.model_dump(include={"random_crop", "horizontal_flip", "color_jitter"})
-        return augmentation | {"count": views.count, "seed": views.seed}
+        # `drawing` counts the ways in which views were drawn by versions of capdist.
+        return augmentation | {"count": views.count, "seed": views.seed, "drawing": 2}
 
     def _key(self, split: Split, settings: Mapping[str, Any]) -> str:
         photos = tqdm(split.photos, desc=f"read {split.name}", unit="photo", leave=False, delay=1)

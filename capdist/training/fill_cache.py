@@ -10,7 +10,7 @@ from rich.console import Console
 from capdist.config import Recipe
 from capdist.data.captions import seed_of
 from capdist.data.images import Preprocessing
-from capdist.data.prepared import get_split, read_source
+from capdist.data.prepared import get_splits, read_source
 from capdist.errors import UsageError
 from capdist.models.caption_model import build_model
 from capdist.text.vocabulary import Vocabulary
@@ -33,7 +33,7 @@ def fill_cache(recipe: Recipe) -> list[Encoded]:
     logging.basicConfig(format="%(message)s")
     accelerator = build_accelerator(recipe)
     loaded = read_source(recipe.data)
-    splits = {name: get_split(loaded, name) for name in loaded.splits}
+    splits = get_splits(loaded, recipe.evaluation.halve_validation)
     # As in training: encoder.weights=none is drawn from the same seed. The decoder is not used.
     torch.manual_seed(seed_of(recipe.run.seed, "weights"))
     model = build_model(recipe.encoder, recipe.decoder, vocab_size=len(Vocabulary([])), pad_id=Vocabulary.pad_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator as Accelerator  # for others to name: only this package imports accelerate
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,

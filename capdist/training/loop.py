@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,14 +16,17 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from capdist.config import Recipe
+from capdist.config import EvaluationSection, Recipe
 from capdist.data.batches import CaptionBatch, CaptionDataset, Collator, build_views
+from capdist.data.captions import reference_ids
 from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing, build_augmentation
 from capdist.data.loaders import Plan, training_batches
 from capdist.data.prepared import PreparedData
+from capdist.metrics.rewards import CaptionReward
 from capdist.model_folder import SEARCH_KEYS, TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
+from capdist.training.averaging import WeightAverage
 from capdist.training.checkpoints import (
     Identity,
     TrainState,
@@ -33,9 +37,10 @@ from capdist.training.checkpoints import (
     read_state,
     save_checkpoint,
 )
-from capdist.training.evaluation import Evaluator
+from capdist.training.evaluation import Evaluator, search_options
 from capdist.training.launch import on_main
 from capdist.training.optimization import set_learning_rate
+from capdist.training.self_critical import SelfCritical
 from capdist.training.step import StepReport, TrainStep
 from capdist.training.stopping import StopSignals
 from capdist.training.tracking import Tracking
@@ -50,6 +55,8 @@ class Meter:
     loss_sum: torch.Tensor
     num_tokens: int = 0
     num_captions: int = 0
+    reward_sum: float = 0.0
+    num_samples: int = 0
     wait_s: float = 0.0
     start_s: float = field(default_factory=time.perf_counter)
 
@@ -58,17 +65,20 @@ class Meter:
         self.loss_sum += report.loss_sum
         self.num_tokens += report.num_tokens
         self.num_captions += report.num_captions
+        self.reward_sum += report.reward_sum
+        self.num_samples += report.num_samples
         self.wait_s += wait_s
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return loss a word, captions/s of all processes and the share of time spent waiting for data."""
+        """Return loss a word, captions/s of all processes, the share of time spent waiting for data, and the reward."""
         seconds = time.perf_counter() - self.start_s
         loss_sum = cast(torch.Tensor, accelerator.reduce(self.loss_sum, "sum")).item()
-        return {
+        values = {
             "loss": loss_sum / max(1, self.num_tokens),
             "captions_per_second": self.num_captions / seconds,
             "data_wait": self.wait_s / seconds,
         }
+        return values | ({"reward": self.reward_sum / self.num_samples} if self.num_samples else {})
 
 
 class Loop:
@@ -106,7 +116,10 @@ class Loop:
         self.state = TrainState()
         self._saved_step = 0
         self.checkpoints = recipe.run_folder / "checkpoints"
-        self.step = TrainStep(accelerator, model, optimizer, recipe, preprocessing, features.get("train"))
+        self.average = WeightAverage(self.unwrapped, decay) if (decay := recipe.training.ema_decay) else None
+        self.step = TrainStep(
+            accelerator, model, optimizer, recipe, preprocessing, features.get("train"), self._self_critical()
+        )
         self.plan = Plan.build(
             data.captions,
             captions_per_image=recipe.data.captions_per_image,
@@ -119,6 +132,18 @@ class Loop:
         self.total_steps = min(steps, recipe.training.max_steps or steps)
         self.dataset = self._dataset()
 
+    def _self_critical(self) -> SelfCritical | None:
+        if self.recipe.training.stage != "scst":
+            return None
+        scst, vocabulary = self.recipe.scst, self.data.vocabulary
+        reward = CaptionReward(
+            reference_ids(self.data.words, vocabulary), cider_weight=scst.cider_weight, bleu_weight=scst.bleu_weight
+        )
+        freely = EvaluationSection(beam_size=1)
+        return SelfCritical(
+            self.unwrapped, reward, scst, search_options(freely, vocabulary, self.recipe.text.max_length)
+        )
+
     def _dataset(self) -> CaptionDataset:
         return CaptionDataset(
             None if "train" in self.features else self.data.splits["train"].photos,
@@ -128,6 +153,7 @@ class Loop:
             self.recipe.data.captions_per_image,
             self.recipe.run.seed,
             build_views(self.recipe),
+            self.data.vocabulary.mirrored_words,
         )
 
     def restore(self) -> None:
@@ -142,7 +168,7 @@ class Loop:
             return
         self.state, saved = read_state(path)
         check_identity(path, saved, self.identity, logger.warning)
-        load_checkpoint(path, self.unwrapped, self.optimizer)
+        load_checkpoint(path, self.unwrapped, self.optimizer, self.average)
         if self.accelerator.scaler is not None and self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self._saved_step = self.state.step
@@ -187,6 +213,8 @@ class Loop:
                 set_learning_rate(self.optimizer, self.recipe.training, index, self.total_steps)
                 report = self.step(index, window, bool(signals.received))
                 self.state.step += 1
+                if self.average is not None:
+                    self.average.update(self.state.step)
                 meter.add(report, wait_s)
                 progress.update()
                 if self._is_due(self.recipe.training.log_every):
@@ -242,28 +270,31 @@ class Loop:
         )
 
     def _validate(self, tracking: Tracking) -> float:
+        with self.average.applied() if self.average is not None else nullcontext():
+            return self._validate_weights(tracking)
+
+    def _validate_weights(self, tracking: Tracking) -> float:
         """Score the model, keep it if it is the best so far, and return the seconds this took."""
         started = time.perf_counter()
-        if "validation" not in self.data.splits:
+        split = self.data.choosing
+        if split is None:
             self._keep_model({})  # nothing to choose by: the newest is the best
             return time.perf_counter() - started
         # BatchNorm that trains has statistics of its own in each process; those of the main one are saved, so scored.
         for buffer in self.unwrapped.buffers():
             buffer.copy_(broadcast(buffer))
-        evaluation = self.evaluator.evaluate(
-            self.unwrapped, self.data.splits["validation"], self.features.get("validation")
-        )
+        evaluation = self.evaluator.evaluate(self.unwrapped, split, self.features.get(split.name))
         seconds = time.perf_counter() - started
         tracking.log(
-            {"split": "validation", **evaluation.metrics, "seconds": seconds}, self.state.step, group="validation"
+            {"split": split.name, **evaluation.metrics, "seconds": seconds}, self.state.step, group="validation"
         )
         score = evaluation.metrics[self.recipe.evaluation.select_by]
         self.state.stale_validations += 1
         if self.state.best_score is None or score > self.state.best_score:
             self.state.best_score, self.state.best_step, self.state.stale_validations = score, self.state.step, 0
-            self._keep_model({"split": "validation", **evaluation.metrics})
+            self._keep_model({"split": split.name, **evaluation.metrics})
         shown = ", ".join(f"{n} {evaluation.metrics[n]:.3f}" for n in ("bleu_1", "bleu_4", "cider"))
-        logger.info(f"step {self.state.step:,}: validation {shown} ({seconds:.0f} s)")
+        logger.info(f"step {self.state.step:,}: {split.name} {shown} ({seconds:.0f} s)")
         return time.perf_counter() - started
 
     def _keep_model(self, metrics: dict[str, Any]) -> None:
@@ -285,7 +316,9 @@ class Loop:
         vocabulary = self.data.vocabulary.to_json()
 
         def save() -> None:
-            save_checkpoint(self.checkpoints, self.unwrapped, self.optimizer, vocabulary, self.state, self.identity)
+            save_checkpoint(
+                self.checkpoints, self.unwrapped, self.optimizer, vocabulary, self.state, self.identity, self.average
+            )
             prune_checkpoints(self.checkpoints, self.recipe.checkpoint.keep)
 
         on_main(self.accelerator, save)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from capdist import __version__
 from capdist.config import Recipe
 from capdist.data.features import weights_digest
 from capdist.data.prepared import PreparedData
-from capdist.errors import UsageError
+from capdist.errors import CheckpointError, UsageError
+from capdist.model_folder import load_pretrained
 from capdist.models.caption_model import CaptionModel
+from capdist.text.vocabulary import Vocabulary
 from capdist.training.checkpoints import Identity
 from capdist.training.launch import on_main
 from capdist.training.tracking import LOG
@@ -25,16 +27,20 @@ from capdist.training.tracking import LOG
 logger = logging.getLogger(__name__)
 
 
-def refuse_to_overwrite(folder: Path, accelerator: Accelerator) -> None:
-    """Refuse to start anew where a run already is.
+def refuse_to_overwrite(folders: Sequence[Path], accelerator: Accelerator) -> None:
+    """Refuse to start anew where runs already are.
 
     Raises:
-        UsageError: saying how to continue it or keep it.
+        UsageError: saying how to continue them or keep them.
     """
-    if on_main(accelerator, lambda: (folder / LOG).exists() or any(folder.glob("checkpoints/step_*"))):
-        raise UsageError(
-            f"{folder}: already holds a run; continue it with --resume, choose another run.name, or delete the folder"
-        )
+
+    def holds_run(folder: Path) -> bool:
+        return (folder / LOG).exists() or any(folder.glob("checkpoints/step_*"))
+
+    taken = on_main(accelerator, lambda: [folder for folder in folders if holds_run(folder)])
+    if taken:
+        how = "continue it with --resume, choose another run.name, or delete the folder"
+        raise UsageError(*(f"{folder}: already holds a run; {how}" for folder in taken))
 
 
 def identify(recipe: Recipe, data: PreparedData, model: CaptionModel, accelerator: Accelerator) -> Identity:
@@ -49,6 +55,28 @@ def identify(recipe: Recipe, data: PreparedData, model: CaptionModel, accelerato
         threads=torch.get_num_threads(),
         versions={"torch": torch.__version__, "machine": platform.machine(), "device": accelerator.device.type},
     )
+
+
+def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary) -> None:
+    """Give a model the weights of a model folder.
+
+    Raises:
+        CheckpointError: if the folder is not whole, or its model has other words or other layers.
+    """
+    trained = load_pretrained(folder)
+    if trained.vocabulary.digest != vocabulary.digest:
+        raise CheckpointError(
+            f"training.start_from: {folder}: knows {len(trained.vocabulary):,} words, the training captions give "
+            f"{len(vocabulary):,}, or others; start from a model of the same captions and text.min_frequency"
+        )
+    try:
+        model.load_state_dict(trained.model.state_dict())
+    except RuntimeError as error:
+        difference = str(error).splitlines()[-1].strip()[:160]
+        raise CheckpointError(
+            f"training.start_from: {folder}: has another encoder or decoder than this recipe ({difference}); "
+            f"its own are in {folder}/config.json"
+        ) from None
 
 
 def describe_start(accelerator: Accelerator, recipe: Recipe, identity: Identity) -> dict[str, Any]:
@@ -90,6 +118,6 @@ def _idle_settings(recipe: Recipe, data: PreparedData, model: CaptionModel) -> I
         yield "encoder.weights=none with a frozen encoder: its features are random; encoder.trainable_from trains it"
     if model.encoder.is_frozen and encoder.batch_norm == "train":
         yield "encoder.batch_norm=train does nothing: the encoder is frozen"
-    if "validation" not in data.splits:
+    if data.choosing is None:
         kept = "training.patience does nothing and " if training.patience else ""
         yield f"there is no validation split: {kept}the newest model counts as the best"

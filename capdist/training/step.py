@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from capdist.data.captions import seed_of
 from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing
 from capdist.errors import NumericsError
+from capdist.training.self_critical import SelfCritical
 
 MOST_SKIPPED_STEPS = 30
 """Steps in a row that fp16 scaling may skip: from its start at 2^16 it is halved at each, far below any use by then."""
@@ -30,12 +31,16 @@ class StepReport:
         loss_sum: This process's share of the loss, not yet divided by words; on the device.
         num_tokens: Words of the step, over all processes.
         num_captions: Captions of the step, over all processes.
+        reward_sum: Of the samples of a self-critical step, over all processes.
+        num_samples: Their number, over all processes; 0 in any other step.
         stop: Whether any process was told to stop.
     """
 
     loss_sum: Tensor
     num_tokens: int
     num_captions: int
+    reward_sum: float
+    num_samples: int
     stop: bool
 
 
@@ -52,6 +57,7 @@ class TrainStep:
         recipe: Of the run.
         preprocessing: Of photos.
         features: Of the training split, or None when the encoder runs in the step.
+        self_critical: Replaces captions by samples of the model, or None to learn the captions as they are.
     """
 
     def __init__(
@@ -62,9 +68,11 @@ class TrainStep:
         recipe: Recipe,
         preprocessing: Preprocessing,
         features: FeatureStore | None,
+        self_critical: SelfCritical | None = None,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.recipe, self.preprocessing, self.features = recipe, preprocessing, features
+        self.self_critical = self_critical
         self._skipped_in_a_row = 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -79,12 +87,15 @@ class TrainStep:
         Raises:
             NumericsError: if the gradient is not finite; the weights are as they were.
         """
+        window, reward_sum, num_samples = self._sampled(step, window)
+        num_tokens, num_captions = sum(b.num_tokens for b in window), sum(b.num_captions for b in window)
         counts = torch.tensor(
-            [sum(b.num_tokens for b in window), sum(b.num_captions for b in window), int(stop_requested)],
+            [num_tokens, num_captions, int(stop_requested), num_samples, reward_sum],
             dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
             device=self.accelerator.device,
         )
-        num_tokens, num_captions, stop = (int(n) for n in self.accelerator.reduce(counts, "sum").tolist())
+        *numbers, reward_sum = self.accelerator.reduce(counts, "sum").tolist()
+        num_tokens, num_captions, stop, num_samples = map(int, numbers)
         loss_sum = torch.zeros((), device=self.accelerator.device)
         for micro, batch in enumerate(window):
             last = micro == len(window) - 1
@@ -95,7 +106,17 @@ class TrainStep:
                 self.accelerator.backward(loss * (self.accelerator.num_processes / max(1, num_tokens)))
             loss_sum += loss.detach()
         self._update(step)
-        return StepReport(loss_sum, num_tokens, num_captions, stop > 0)
+        return StepReport(loss_sum, num_tokens, num_captions, reward_sum, num_samples, stop > 0)
+
+    def _sampled(self, step: int, window: Sequence[CaptionBatch]) -> tuple[Sequence[CaptionBatch], float, int]:
+        """Return the batches to learn from, and the sum and number of the rewards of samples among them."""
+        if self.self_critical is None:
+            return window, 0.0, 0
+        made = []
+        for micro, batch in enumerate(window):
+            torch.manual_seed(seed_of(self.recipe.run.seed, "samples", step, micro, self.accelerator.process_index))
+            made.append(self.self_critical(batch, self._encoded(batch)))
+        return [s.batch for s in made], sum(s.reward_sum for s in made), sum(s.num_samples for s in made)
 
     def warm_up(self, batch: CaptionBatch) -> None:
         """Run two steps that change nothing.
@@ -113,18 +134,31 @@ class TrainStep:
     def _loss(self, batch: CaptionBatch) -> Tensor:
         training = self.recipe.training
         inputs = self._inputs(batch)
-        cross_entropy, doubly_stochastic = self.model(label_smoothing=training.label_smoothing, **inputs)
+        # A sample is learned for its reward; probability spread over all words has none.
+        smoothing = training.label_smoothing if batch.weights is None else 0.0
+        cross_entropy, doubly_stochastic = self.model(label_smoothing=smoothing, **inputs)
         loss: Tensor = cross_entropy + training.doubly_stochastic * doubly_stochastic
         return loss
 
     def _inputs(self, batch: CaptionBatch) -> dict[str, Any]:
-        features = self.features.features(batch.feature_rows) if self.features is not None else None
-        batch = batch.to(self.accelerator.device)
+        photos = self._photos(batch)
+        batch = replace(batch, images=None).to(self.accelerator.device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels, "lengths": batch.lengths}
-        if features is not None:
-            return inputs | {"features": features.to(self.accelerator.device, non_blocking=True)}
+        return inputs | photos | ({} if batch.weights is None else {"weights": batch.weights})
+
+    def _photos(self, batch: CaptionBatch) -> dict[str, Tensor]:
+        """Return `features`, or `pixel_values` when the encoder runs in the step, on the device."""
+        device = self.accelerator.device
+        if self.features is not None:
+            return {"features": self.features.features(batch.feature_rows).to(device, non_blocking=True)}
         assert batch.images is not None
-        return inputs | {"pixel_values": self.preprocessing.normalize(batch.images)}
+        return {"pixel_values": self.preprocessing.normalize(batch.images.to(device, non_blocking=True))}
+
+    @torch.no_grad()
+    def _encoded(self, batch: CaptionBatch) -> Tensor:
+        assert self.self_critical is not None
+        photos = self._photos(batch)
+        return photos["features"] if "features" in photos else self.self_critical.model.encode(photos["pixel_values"])
 
     def _update(self, step: int) -> None:
         limit = self.recipe.training.clip_norm

@@ -41,6 +41,9 @@ class Tracking:
     def _start_trackers(self, recipe: Recipe) -> None:
         flat = {f"{section}.{key}": str(v) for section, keys in recipe.to_dict().items() for key, v in keys.items()}
         wandb = {"name": recipe.run.name, "config": recipe.to_dict(), "dir": str(recipe.run_folder)}
+        folder = str(recipe.run_folder)  # not that of an earlier stage, with which the accelerator was built
+        self._accelerator.project_configuration.logging_dir = folder
+        self._accelerator.project_configuration.set_directories(folder)
         try:
             self._accelerator.init_trackers(recipe.tracking.project, config=flat, init_kwargs={"wandb": wandb})
         except Exception as error:  # any of the trackers' own classes; none is worth a run
@@ -74,6 +77,7 @@ class Tracking:
                 tracker.finish()
             except Exception as error:  # as above
                 logger.warning(f"a tracker did not end well: {error}")
+        self._accelerator.trackers = []
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

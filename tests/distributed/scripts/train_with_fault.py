@@ -2,7 +2,7 @@
 
 term:7       SIGTERM to rank 0 during step 7
 vanish:9     all processes end during step 9 without a word, as if the power went
-forget:X     restore everything but X from the checkpoint: model, optimizer or step
+forget:X     restore everything but X from the checkpoint: model, optimizer, average or step
 """
 
 import os
@@ -32,14 +32,17 @@ def faulty_step(self, step, window, stop_requested=False):
     return take_step(self, step, window, stop_requested)
 
 
-def forgetful_load(checkpoint, model, optimizer):
+def forgetful_load(checkpoint, model, optimizer, average):
     model_before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer_before = optimizer.state_dict()
-    load(checkpoint, model, optimizer)
+    average_before = {} if average is None else {name: tensor.clone() for name, tensor in average.tensors.items()}
+    load(checkpoint, model, optimizer, average)
     if value == "model":
         model.load_state_dict(model_before)
     if value == "optimizer":
         optimizer.load_state_dict(optimizer_before)
+    if value == "average":
+        average.tensors.update(average_before)
 
 
 def forgetful_read(checkpoint):

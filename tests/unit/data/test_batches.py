@@ -103,7 +103,7 @@ def test_seeds_differ_with_every_part_and_fit_a_generator() -> None:
 
 
 def _sample(image: int, *captions: Sequence[int], pixels: torch.Tensor | None = None) -> Sample:
-    return Sample(image, pixels, [torch.tensor(caption) for caption in captions])
+    return Sample(image, image, pixels, [torch.tensor(caption) for caption in captions])
 
 
 def _collate(captions_per_image: int, *samples: Sample) -> CaptionBatch:
@@ -180,7 +180,7 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_the_counts() -> None:
     batch = _collate(1, _sample(0, [A, EOS], pixels=torch.zeros(3, 2, 2, dtype=torch.uint8)))
     moved = batch.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 5
+    assert len(tensors) == 6
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.num_tokens, moved.num_captions) == (2, 1)
 
@@ -331,6 +331,49 @@ def test_parts_of_an_image_show_the_same_view_and_images_start_with_different_on
     dataset = CaptionDataset(None, _captions(COUNTS), PREPROCESSING, None, 2, seed=1, views=_views(count=3))
     assert len({_get(dataset, SampleKey(5, 4, part)).feature_row for part in range(4)}) == 1
     assert {row % 3 for row in (_views(3).row(image, epoch=0) for image in range(30))} == {0, 1, 2}
+
+
+def _is_close(some: torch.Tensor, other: torch.Tensor) -> bool:
+    """Pillow and torchvision round differently when they shrink a photo."""
+    return bool((some.int() - other.int()).abs().max() <= 2)
+
+
+def _swapped_captions(dataset: CaptionDataset, key: SampleKey) -> list[list[int]]:
+    return [caption.tolist() for caption in _get(dataset, key).captions]
+
+
+def test_captions_of_mirrored_photos_swap_left_and_right() -> None:
+    """Words 1 and 2 of the table stand for left and right."""
+    flips = Augmentation(SIZE, random_crop=1.0, horizontal_flip=True, color_jitter=0.0)
+    table, swap = _captions(COUNTS), {DOG: CAT, CAT: DOG}
+    plain = CaptionDataset(None, table, PREPROCESSING, None, 5, seed=1)
+    photos = [_photo(i) for i in range(len(COUNTS))]
+    live = CaptionDataset(photos, table, PREPROCESSING, flips, 5, seed=1, mirrored_words=swap)
+    cached = CaptionDataset(None, table, PREPROCESSING, flips, 5, seed=1, views=Views(flips, 2, 1), mirrored_words=swap)
+    seen = set()
+    for epoch in range(4):
+        for image in (0, 3, 4):
+            key = SampleKey(epoch, image, 0)
+            expected = _swapped_captions(plain, key)
+            swapped = [[swap.get(word, word) for word in caption] for caption in expected]
+            sample = _get(live, key)
+            assert sample.pixels is not None
+            straight = PREPROCESSING.load(photos[image])
+            is_mirrored = _is_close(sample.pixels, straight.flip(-1))
+            assert is_mirrored != _is_close(sample.pixels, straight)
+            assert [c.tolist() for c in sample.captions] == (swapped if is_mirrored else expected)
+            seen.add(is_mirrored)
+            view = _get(cached, key).feature_row % 2
+            assert _swapped_captions(cached, key) == (swapped if view == 1 else expected)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_every_second_cached_view_is_mirrored(count: int) -> None:
+    views = Views(Augmentation(SIZE, random_crop=0.3, horizontal_flip=True, color_jitter=0.0), count, 1)
+    for image in range(5):
+        mirrored = [views.augmentation.mirrors(views.seed_of_view(image, view)) for view in range(count)]
+        assert mirrored == [view % 2 == 1 for view in range(count)]
 
 
 def test_without_views_the_feature_row_is_that_of_the_split() -> None:

@@ -472,9 +472,7 @@ def test_normalize_leaves_its_input_alone() -> None:
 
 def _augment(seed: int, image: torch.Tensor, **options: Any) -> torch.Tensor:
     settings = {"random_crop": 1.0, "horizontal_flip": False, "color_jitter": 0.0, **options}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Augmentation(16, **settings)(image)
+    return Augmentation(16, **settings)(image, seed)
 
 
 @pytest.mark.parametrize("options", [{}, {"random_crop": 0.2}, {"horizontal_flip": True}, {"color_jitter": 1.0}])
@@ -486,13 +484,17 @@ def test_augmented_photos_have_the_shape_of_others(options: dict[str, Any]) -> N
         assert torch.equal(found, _augment(seed, image, **options))
 
 
-def test_half_of_the_photos_are_mirrored_and_none_otherwise() -> None:
+def test_half_of_the_photos_are_mirrored_as_announced_and_none_otherwise() -> None:
     image = to_tensor(_smooth(16, 16))
-    views = [_augment(seed, image, horizontal_flip=True) for seed in range(200)]
-    mirrored = sum(torch.equal(view, image.flip(-1)) for view in views)
-    assert sum(torch.equal(view, image) for view in views) == 200 - mirrored
-    assert 70 < mirrored < 130  # more than 4 standard deviations either way
+    augmentation = Augmentation(16, random_crop=1.0, horizontal_flip=True, color_jitter=0.0)
+    mirrored = [torch.equal(augmentation(image, seed), image.flip(-1)) for seed in range(20)]
+    assert mirrored == [augmentation.mirrors(seed) for seed in range(20)]
+    assert [torch.equal(augmentation(image, seed), image) for seed in range(20)] == [not m for m in mirrored]
+    assert sum(mirrored) == 10
     assert all(torch.equal(_augment(seed, image), image) for seed in range(20))
+    assert not any(
+        Augmentation(16, random_crop=0.5, horizontal_flip=False, color_jitter=0.0).mirrors(s) for s in range(9)
+    )
 
 
 @pytest.mark.parametrize("option", [{"random_crop": 0.5}, {"color_jitter": 0.5}])

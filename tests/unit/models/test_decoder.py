@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from capdist.models.attention import AdditiveAttention
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import Packing, SoftAttentionDecoder
+from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
+from capdist.models.packing import Packing
 from capdist.text.vocabulary import IGNORED_LABEL
 
 PAD, BOS, EOS = 0, 1, 2
@@ -137,7 +138,7 @@ def test_attention_is_that_of_a_triple_loop(rows: int, cells: int) -> None:
     torch.manual_seed(0)
     attention = AdditiveAttention(CHANNELS, 8, 7).double()
     features, hidden = torch.randn(2, cells, CHANNELS).double(), torch.randn(2, rows, 8).double()
-    context, weights = attention.of_rows(features, attention.keys(features))(attention.query(hidden))
+    context, weights = attention.of_rows(attention.memory(features))(attention.query(hidden))
     key, query = ((m.weight.tolist(), m.bias.tolist()) for m in (attention.key, attention.query))
     score = attention.score.weight[0].tolist()  # a bias, if there is one, falls out of the softmax
     assert weights.shape == (2, rows, cells)
@@ -217,31 +218,29 @@ def test_steps_add_up_to_whole_captions(variant: dict[str, Any]) -> None:
 def test_search_state_never_repeats_features() -> None:
     model = _build(projection=3)
     state = model.init_state(_features())
-    assert state.hidden.shape == state.cell.shape == (2, 1, 8)
+    assert [values.shape for values in state.recurrent] == [(2, 1, 8)] * 2
     for rows in (1, 4, 2):
         state = model.reorder(state, torch.zeros(2, rows, dtype=torch.long))
         before = state
         logits, weights, state = model.step(torch.full((2, rows), BOS), state)
         assert logits.shape == (2, rows, VOCABULARY)
         assert weights.shape == (2, rows, CELLS)
-        assert state.hidden.shape == state.cell.shape == (2, rows, 8)
-        assert state.features is before.features
-        assert state.keys is before.keys
-        assert state.features.shape == (2, CELLS, 3)
-        assert state.keys.shape == (2, CELLS, 7)
+        assert [values.shape for values in state.recurrent] == [(2, rows, 8)] * 2
+        assert state.memory is before.memory
+        assert [values.shape for values in state.memory] == [(2, CELLS, 3), (2, CELLS, 7)]
 
 
 def test_reorder_takes_each_images_own_rows() -> None:
     model = _build()
     hidden, cell = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
     start = model.init_state(_features())
-    state = replace(start, hidden=hidden, cell=cell)
+    state = replace(start, recurrent=(hidden, cell))
     parents = [[2, 2, 0, 1], [0, 1, 1, 2]]
     moved = model.reorder(state, torch.tensor(parents))
     for image, row in itertools.product(range(2), range(4)):
-        assert torch.equal(moved.hidden[image, row], hidden[image, parents[image][row]])
-        assert torch.equal(moved.cell[image, row], cell[image, parents[image][row]])
-    assert torch.equal(state.hidden, hidden)  # the old state is as it was
+        assert torch.equal(moved.recurrent[0][image, row], hidden[image, parents[image][row]])
+        assert torch.equal(moved.recurrent[1][image, row], cell[image, parents[image][row]])
+    assert torch.equal(state.recurrent[0], hidden)  # the old state is as it was
 
 
 def test_rows_of_an_image_do_not_see_each_other() -> None:
@@ -261,11 +260,11 @@ def test_dropout_is_on_word_vectors_and_on_the_state_before_the_head() -> None:
     tokens = torch.tensor([[3], [4]]), torch.tensor([[5], [6]])
     (logits, _, after), (_, _, other) = (model.step(words, state) for words in tokens)
     assert torch.equal(logits, model.decoder.head.bias.expand_as(logits))
-    assert torch.equal(after.hidden, other.hidden)
-    assert after.hidden.abs().min() > 0
+    assert torch.equal(after.recurrent[0], other.recurrent[0])
+    assert after.recurrent[0].abs().min() > 0
     model.eval()
     (logits, _, after), (_, _, other) = (model.step(words, state) for words in tokens)
-    assert not torch.allclose(after.hidden, other.hidden)
+    assert not torch.allclose(after.recurrent[0], other.recurrent[0])
     assert torch.equal(model.step(tokens[0], state)[0], logits)
 
 

@@ -368,7 +368,7 @@ def test_the_command_says_what_it_did_and_training_finds_it(
     assert _command(arguments) == 0
     assert "train: 10 photos, 10 were there already, nothing to do, " in capsys.readouterr().out
     _reset()
-    train(_recipe(arguments, "training.max_steps=1", "training.warmup_steps=0"))
+    train([_recipe(arguments, "training.max_steps=1", "training.warmup_steps=0")])
     assert len(encoded_rows) == 15
 
 
@@ -397,7 +397,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _train(recipe: Recipe, *, resume: bool = False) -> dict[str, torch.Tensor]:
     _reset()
-    result = train(recipe, resume=resume)
+    result = train([recipe], resume=resume)
     return load_file(result.folder / "checkpoints" / f"step_{result.steps:08d}" / "model.safetensors")
 
 

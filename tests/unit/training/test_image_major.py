@@ -41,7 +41,7 @@ def _model() -> CaptionModel:
 
 def _batch(num_images: int, num_captions: int) -> CaptionBatch:
     samples = [
-        Sample(image, torch.zeros(3, 8, 8, dtype=torch.uint8), [torch.tensor([2, 3, 4])] * num_captions)
+        Sample(image, image, torch.zeros(3, 8, 8, dtype=torch.uint8), [torch.tensor([2, 3, 4])] * num_captions)
         for image in range(num_images)
     ]
     batch = Collator(num_captions)(samples)

@@ -74,14 +74,14 @@ def _samples(images: Sequence[int], *, photos: bool = False) -> CaptionBatch:
         generator = torch.Generator().manual_seed(image)
         captions = [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in LENGTHS[image]]
         pixels = torch.randint(256, (3, 8, 8), dtype=torch.uint8, generator=generator) if photos else None
-        samples.append(Sample(image, pixels, captions))
+        samples.append(Sample(image, image, pixels, captions))
     batch = Collator(ROWS)(samples)
     assert isinstance(batch, CaptionBatch)
     return batch
 
 
 def _filler(images: Sequence[int]) -> CaptionBatch:
-    batch = Collator(ROWS)([Sample(image, None, []) for image in images])
+    batch = Collator(ROWS)([Sample(image, image, None, []) for image in images])
     assert isinstance(batch, CaptionBatch)
     return batch
 

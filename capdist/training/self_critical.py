@@ -1,0 +1,149 @@
+"""Self-critical training: sampled captions, and how much better each is than the others of its image.
+
+Rennie et al., Self-critical Sequence Training for Image Captioning (2017, arXiv:1612.00563); with the baseline of Luo,
+A Better Variant of Self-Critical Sequence Training (2020, arXiv:2003.09971).
+
+Shapes: B images, R samples of an image, T words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from capdist.config import ScstSection
+from capdist.data.batches import CaptionBatch
+from capdist.decoding import SearchOptions, SearchResult, greedy_search, sample
+from capdist.metrics.rewards import CaptionReward
+from capdist.models.caption_model import CaptionModel
+from capdist.text.vocabulary import IGNORED_LABEL
+
+
+class Sampled(NamedTuple):
+    """A batch whose captions the model wrote itself.
+
+    Attributes:
+        batch: Like the one it was made of, with `weights`.
+        reward_sum: Of all samples.
+        num_samples: Captions that were rewarded.
+    """
+
+    batch: CaptionBatch
+    reward_sum: float
+    num_samples: int
+
+
+class SelfCritical:
+    """Replaces the captions of batches by samples of the model, each weighted by its advantage.
+
+    The gradient of `advantage * -log p(sample)` is REINFORCE's; the rest of a step is that of any other batch.
+
+    Args:
+        model: Unwrapped.
+        reward: Of captions of the training split. `<eos>` is a word of it, so that a caption cut off in the middle
+            (`a man with a`) loses by it.
+        section: Of the recipe.
+        options: What may be sampled.
+    """
+
+    def __init__(
+        self, model: CaptionModel, reward: CaptionReward, section: ScstSection, options: SearchOptions
+    ) -> None:
+        self.model, self.reward, self.section, self.options = model, reward, section, options
+
+    def __call__(self, batch: CaptionBatch, features: Tensor) -> Sampled:
+        """Sample captions.
+
+        Args:
+            batch: Of photos with captions, on the host.
+            features: (B, N, C), on the device. Torch's global generator decides what is drawn.
+        """
+        if not batch.num_captions:  # a filler: it has no weight, whatever its caption is
+            return Sampled(replace(batch, weights=torch.zeros(len(batch.lengths))), 0.0, 0)
+        num_samples, images = self.section.samples, batch.image_rows.numpy()
+        with _evaluating(self.model):
+            drawn = sample(self.model, features, self.options, num_samples)
+            greedy = greedy_search(self.model, features, self.options) if self.section.baseline == "greedy" else None
+        captions = self._ids(drawn)
+        rewards = self.reward(images.repeat(num_samples), captions).reshape(-1, num_samples)
+        if greedy is None:
+            # The mean of the others of an image: r - (sum - r) / (n - 1).
+            advantages = (rewards - rewards.mean(axis=1, keepdims=True)) * (num_samples / (num_samples - 1))
+        else:
+            advantages = rewards - self.reward(images, self._ids(greedy))[:, None]
+        made = self._batch(batch, captions, advantages.reshape(-1))
+        return Sampled(made, float(rewards.sum()), rewards.size)
+
+    def _ids(self, found: SearchResult) -> NDArray[np.int64]:
+        """Return tokens (B·R, T + 1) with `<eos>` where a caption ended, -1 behind the end."""
+        tokens = nn.functional.pad(found.tokens, (0, 1)).flatten(0, 1)
+        lengths, ended = found.lengths.flatten()[:, None], found.ended.flatten()[:, None]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        tokens = tokens.masked_fill(positions >= lengths, -1)
+        tokens = tokens.masked_fill((positions == lengths) & ended, self.options.eos_id)
+        ids: NDArray[np.int64] = tokens.cpu().numpy()
+        return ids
+
+    def _batch(self, batch: CaptionBatch, ids: NDArray[np.int64], advantages: NDArray[np.float64]) -> CaptionBatch:
+        tokens = torch.from_numpy(ids)
+        tokens = tokens[:, : max(1, int((tokens >= 0).sum(dim=1).max()))]
+        labels = tokens.masked_fill(tokens < 0, IGNORED_LABEL)
+        read = tokens.masked_fill(tokens < 0, self.options.pad_id)
+        first = torch.full((len(ids), 1), self.options.bos_id)
+        input_ids = torch.cat([first, read[:, :-1]], dim=1).masked_fill(labels == IGNORED_LABEL, self.options.pad_id)
+        weights = torch.from_numpy(advantages).float()
+        if self.section.cross_entropy_weight:
+            return _with_references(batch, input_ids, labels, weights, self.section.cross_entropy_weight)
+        return _rebuilt(batch, input_ids, labels, weights)
+
+
+def _with_references(
+    batch: CaptionBatch, input_ids: Tensor, labels: Tensor, weights: Tensor, reference_weight: float
+) -> CaptionBatch:
+    """Put the references of each image behind its samples."""
+    width = max(labels.shape[1], batch.labels.shape[1])
+    num_images = len(batch.image_rows)
+
+    def join(samples: Tensor, references: Tensor, fill: int) -> Tensor:
+        both = (nn.functional.pad(rows, (0, width - rows.shape[1]), value=fill) for rows in (samples, references))
+        return torch.cat([rows.view(num_images, -1, width) for rows in both], dim=1).flatten(0, 1)
+
+    references = torch.full((num_images, len(batch.lengths) // num_images), reference_weight)
+    return _rebuilt(
+        batch,
+        join(input_ids, batch.input_ids, 0),
+        join(labels, batch.labels, IGNORED_LABEL),
+        torch.cat([weights.view(num_images, -1), references], dim=1).flatten(),
+    )
+
+
+def _rebuilt(batch: CaptionBatch, input_ids: Tensor, labels: Tensor, weights: Tensor) -> CaptionBatch:
+    real = labels != IGNORED_LABEL
+    lengths = tuple(real.sum(dim=1).tolist())
+    return replace(
+        batch,
+        input_ids=input_ids,
+        labels=labels,
+        attention_mask=real.long(),
+        lengths=lengths,
+        num_tokens=sum(lengths),
+        num_captions=sum(length > 0 for length in lengths),
+        weights=weights,
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

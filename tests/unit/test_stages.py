@@ -1,0 +1,120 @@
+"""Recipes in stages: what each stage is, where it lives, what it starts from, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from capdist.errors import UsageError
+from capdist.recipe_file import load_recipe, load_stages, save_recipe
+
+RECIPE = """
+run:
+  name: photos
+  output_dir: there
+training:
+  epochs: 9
+  learning_rate: 1e-3
+stages:
+  words:
+  look:
+    encoder: {trainable_from: layer4}
+    training:
+      epochs: 2
+      encoder_learning_rate: 1e-5
+  reward:
+    training: {stage: scst, learning_rate: 5e-5}
+    scst:
+      samples: 4
+"""
+
+
+def _write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def _mistakes(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(UsageError) as caught:
+        load_stages(_write(folder, text), overrides)
+    return caught.value.mistakes
+
+
+def test_each_stage_is_the_recipe_with_its_changes(tmp_path: Path) -> None:
+    words, look, reward = load_stages(_write(tmp_path, RECIPE))
+    assert [s.training.epochs for s in (words, look, reward)] == [9, 2, 9]
+    assert [s.training.learning_rate for s in (words, look, reward)] == [1e-3, 1e-3, 5e-5]
+    assert [s.encoder.trainable_from for s in (words, look, reward)] == [None, "layer4", None]
+    assert [s.training.stage for s in (words, look, reward)] == ["cross_entropy", "cross_entropy", "scst"]
+    assert [s.scst.samples for s in (words, look, reward)] == [5, 5, 4]
+
+
+def test_the_last_stage_is_the_run_and_each_starts_from_the_one_before(tmp_path: Path) -> None:
+    stages = load_stages(_write(tmp_path, RECIPE), ["run.name=mine"])
+    assert [str(s.run_folder) for s in stages] == ["there/mine-words", "there/mine-look", "there/mine"]
+    assert [s.training.start_from for s in stages] == [None, "there/mine-words/model", "there/mine-look/model"]
+
+
+def test_overrides_hold_in_all_stages(tmp_path: Path) -> None:
+    stages = load_stages(_write(tmp_path, RECIPE), ["training.epochs=1", "training.start_from=old/model"])
+    assert [s.training.epochs for s in stages] == [1, 1, 1]
+    assert stages[0].training.start_from == "old/model"
+    assert stages[1].training.start_from == "there/photos-words/model"
+
+
+def test_a_recipe_without_stages_is_one_stage_and_programs_that_do_not_train_see_the_first(tmp_path: Path) -> None:
+    (stage,) = load_stages(_write(tmp_path, "run: {name: one}"))
+    assert (stage.run.name, stage.training.start_from) == ("one", None)
+    assert load_recipe(_write(tmp_path, RECIPE)) == load_stages(tmp_path / "recipe.yaml")[0]
+
+
+def test_the_resolved_recipe_of_a_stage_is_a_recipe(tmp_path: Path) -> None:
+    for stage in load_stages(_write(tmp_path, RECIPE)):
+        save_recipe(stage, tmp_path / "config.yaml")
+        assert load_stages(tmp_path / "config.yaml") == [stage]
+
+
+def test_mistakes_in_stages_say_where_and_a_mistake_of_all_stages_is_told_once(tmp_path: Path) -> None:
+    text = RECIPE.replace("samples: 4", "sampels: 4").replace("epochs: 9", "epochs: 0")
+    mistakes = _mistakes(tmp_path, text)
+    line = 1 + text.splitlines().index("      sampels: 4")
+    assert f"{tmp_path}/recipe.yaml:{line}: scst.sampels: unknown key; did you mean 'scst.samples'?" in mistakes
+    assert len(mistakes) == 2
+    assert sum("training.epochs" in mistake for mistake in mistakes) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("run: {seed: 3}", "run.seed"),
+        ("text: {min_frequency: 9}", "text.min_frequency"),
+        ("decoder: {hidden_size: 64}", "decoder.hidden_size"),
+        ("encoder: {name: resnet18}", "encoder.name"),
+        ("data: {path: elsewhere}", "data.path"),
+        ("training: {mixed_precision: bf16}", "training.mixed_precision"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["words", "reward"])
+def test_what_a_model_is_made_of_cannot_change_between_stages(
+    tmp_path: Path, change: str, key: str, stage: str
+) -> None:
+    other = "reward" if stage == "words" else "words"
+    text = f"stages:\n  {stage}:\n    {change}\n  {other}:\n" if stage == "words" else ""
+    text = text or f"stages:\n  {other}:\n  {stage}:\n    {change}\n"
+    (mistake,) = _mistakes(tmp_path, text)
+    line = 1 + text.splitlines().index(f"    {change}")
+    assert mistake == f"{tmp_path}/recipe.yaml:{line}: {key}: must be the same in all stages; set it outside them"
+
+
+@pytest.mark.parametrize("stages", ["[]", "3", "{}", "[words]"])
+def test_stages_are_named(tmp_path: Path, stages: str) -> None:
+    (mistake,) = _mistakes(tmp_path, f"stages: {stages}")
+    assert mistake.startswith(f"{tmp_path}/recipe.yaml:1: stages: names stages")
+
+
+@pytest.mark.parametrize("stage", ["words: 3", "words: [a]", "words: {training: 3}", "'../x': {}", "3: {}"])
+def test_a_stage_is_a_name_and_sections(tmp_path: Path, stage: str) -> None:
+    (mistake,) = _mistakes(tmp_path, f"stages:\n  {stage}\n")
+    assert mistake.startswith(f"{tmp_path}/recipe.yaml:2: stages.")

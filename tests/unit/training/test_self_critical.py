@@ -1,0 +1,247 @@
+"""Self-critical training: what is sampled, how it is weighted, that its gradient is REINFORCE's, and that it learns."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capdist.config import Recipe, ScstSection
+from capdist.data.batches import CaptionBatch, Collator, Sample
+from capdist.data.captions import reference_ids
+from capdist.data.features import FeatureStore
+from capdist.data.images import Preprocessing
+from capdist.decoding import SearchOptions, greedy_search
+from capdist.metrics.rewards import CaptionReward
+from capdist.models.caption_model import CaptionModel
+from capdist.models.decoder import SoftAttentionDecoder
+from capdist.models.encoder import Backbone, Encoder
+from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
+from capdist.training.self_critical import SelfCritical
+from capdist.training.step import TrainStep
+
+VOCABULARY = Vocabulary(["a", "dog", "cat", "runs", "sits", "on", "grass"])
+CAPTIONS = [
+    [["a", "dog", "runs"], ["dog", "runs", "on", "grass"]],
+    [["a", "cat", "sits"], ["a", "cat", "sits", "on", "a", "mat"]],
+    [["grass"], ["a", "dog", "sits", "on", "grass"]],
+]
+IMAGES, CELLS, CHANNELS = 3, 4, 6
+PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+OPTIONS = SearchOptions(bos_id=1, eos_id=2, pad_id=0, suppressed_ids=(0, 1, 3), beam_size=1, max_length=6)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+class _DoubleStore(FeatureStore):
+    def features(self, rows: Tensor) -> Tensor:
+        return super().features(rows).double()
+
+
+def _store() -> FeatureStore:
+    return _DoubleStore(np.random.default_rng(0).normal(size=(IMAGES, CELLS, CHANNELS)).astype(np.float16))
+
+
+def _model(dropout: float = 0.0) -> CaptionModel:
+    torch.manual_seed(0)
+    layers = OrderedDict(layer1=nn.Conv2d(3, CHANNELS, 4, stride=4))
+    backbone = Backbone(nn.Sequential(layers), CHANNELS, PREPROCESSING.mean, PREPROCESSING.std)
+    decoder = SoftAttentionDecoder(
+        feature_size=CHANNELS, vocab_size=len(VOCABULARY), embed_size=8, hidden_size=16, attention_size=8,
+        dropout=dropout, gate=True, tie_weights=False, pad_id=0,
+    )  # fmt: skip
+    return CaptionModel(Encoder(backbone), decoder, None).double()
+
+
+def _reward(**weights: float) -> CaptionReward:
+    return CaptionReward(reference_ids(CAPTIONS, VOCABULARY), **weights)
+
+
+def _batch(images: tuple[int, ...] = (2, 0, 1), *, filler: bool = False) -> CaptionBatch:
+    captions = [[torch.tensor([*VOCABULARY.encode(words), 2]) for words in image] for image in CAPTIONS]
+    batch = Collator(2)([Sample(image, image, None, [] if filler else captions[image]) for image in images])
+    assert isinstance(batch, CaptionBatch)
+    return batch
+
+
+def _sampled(seed: int = 0, model: CaptionModel | None = None, **section: Any) -> tuple[CaptionBatch, float, int]:
+    batch = _batch()
+    critic = SelfCritical(model or _model(), _reward(), ScstSection(**section), OPTIONS)
+    torch.manual_seed(seed)
+    return critic(batch, _store().features(batch.feature_rows))
+
+
+def _captions(batch: CaptionBatch) -> list[list[int]]:
+    return [[word for word in row if word != IGNORED_LABEL] for row in batch.labels.tolist()]
+
+
+def _score(image: int, caption: list[int]) -> float:
+    """Score one caption by itself."""
+    return float(_reward()(np.array([image]), np.array([caption]))[0])
+
+
+def test_samples_are_whole_captions_of_the_images() -> None:
+    batch, reward_sum, num_samples = _sampled(samples=4)
+    captions = _captions(batch)
+    assert len(captions) == num_samples == batch.num_captions == 12
+    assert batch.num_tokens == sum(map(len, captions))
+    assert batch.lengths == tuple(map(len, captions))
+    for caption, read in zip(captions, batch.input_ids.tolist(), strict=True):
+        assert read[: len(caption)] == [1, *caption[:-1]]
+        assert not set(caption) & {0, 1, 3}
+        assert caption[-1] == 2 or len(caption) == OPTIONS.max_length
+        assert 2 not in caption[:-1]
+    assert any(caption[-1] == 2 for caption in captions), "some end"
+    assert any(caption[-1] != 2 for caption in captions), "some are cut"
+    assert reward_sum == pytest.approx(sum(_score((2, 0, 1)[row // 4], c) for row, c in enumerate(captions)))
+
+
+def test_the_seed_decides_and_dropout_does_not() -> None:
+    first, again, other = (_captions(_sampled(seed, _model(0.5))[0]) for seed in (3, 3, 4))
+    assert first == again != other
+    assert first == _captions(_sampled(3, _model(0.0))[0])
+
+
+def test_the_mode_of_the_model_stays() -> None:
+    for mode in (True, False):
+        model = _model(0.5).train(mode)
+        _sampled(model=model)
+        assert model.training is mode
+
+
+def test_a_sample_is_compared_with_the_others_of_its_image() -> None:
+    batch, *_ = _sampled(samples=4)
+    rewards = [_score((2, 0, 1)[row // 4], caption) for row, caption in enumerate(_captions(batch))]
+    assert len({round(reward, 6) for reward in rewards}) > 3
+    assert batch.weights is not None
+    for row, weight in enumerate(batch.weights.tolist()):
+        others = [rewards[r] for r in range(row // 4 * 4, row // 4 * 4 + 4) if r != row]
+        assert weight == pytest.approx(rewards[row] - sum(others) / 3, abs=1e-5)
+
+
+def test_a_sample_is_compared_with_the_greedy_caption_of_its_image() -> None:
+    model = _model().eval()
+    batch, *_ = _sampled(model=model, samples=2, baseline="greedy")
+    features = _store().features(_batch().feature_rows)
+    found = greedy_search(model, features, OPTIONS)
+    assert batch.weights is not None
+    for row, (caption, weight) in enumerate(zip(_captions(batch), batch.weights.tolist(), strict=True)):
+        words = found.tokens[row // 2, 0, : found.lengths[row // 2, 0]].tolist()
+        greedy = [*words, 2] if found.ended[row // 2, 0] else words
+        image = (2, 0, 1)[row // 2]
+        assert weight == pytest.approx(_score(image, caption) - _score(image, greedy), abs=1e-5)
+
+
+def test_references_may_be_learned_along() -> None:
+    plain, *_ = _sampled(samples=2)
+    mixed, _, num_samples = _sampled(samples=2, cross_entropy_weight=0.3)
+    assert plain.weights is not None
+    assert mixed.weights is not None
+    samples, references = _captions(plain), _captions(_batch())
+    expected = [c for i in range(3) for c in (*samples[2 * i : 2 * i + 2], *references[2 * i : 2 * i + 2])]
+    assert _captions(mixed) == expected
+    assert num_samples == 6
+    weights = [w for i in range(3) for w in (*plain.weights[2 * i : 2 * i + 2].tolist(), 0.3, 0.3)]
+    assert mixed.weights.tolist() == pytest.approx(weights)
+
+
+def test_a_filler_has_no_weight() -> None:
+    batch = _batch((1,), filler=True)
+    made, reward_sum, num_samples = SelfCritical(_model(), _reward(), ScstSection(), OPTIONS)(
+        batch, _store().features(batch.feature_rows)
+    )
+    assert (reward_sum, num_samples, made.num_tokens, made.num_captions) == (0.0, 0, 0, 0)
+
+
+def test_a_word_outside_the_vocabulary_is_like_no_other_word() -> None:
+    unknown = [[["a", "zebra"], ["a", "yak"]], [["zebra"]]]
+    ids = [[caption.tolist() for caption in image] for image in reference_ids(unknown, VOCABULARY)]
+    (_, zebra, eos), (_, yak, _) = ids[0]
+    assert eos == 2
+    assert zebra != yak
+    assert min(zebra, yak) >= len(VOCABULARY)
+    assert ids[1] == [[zebra, 2]]
+
+
+def _step(model: CaptionModel, kind: type = torch.optim.SGD, lr: float = 1.0, **section: Any) -> TrainStep:
+    accelerator = Accelerator(cpu=True)
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=lr)
+    prepared, wrapped = accelerator.prepare(model.train(), optimizer)
+    recipe = Recipe(training={"stage": "scst", "clip_norm": None}, scst=section)
+    critic = SelfCritical(model, _reward(), recipe.scst, OPTIONS)
+    return TrainStep(accelerator, prepared, wrapped, recipe, PREPROCESSING, _store(), critic)
+
+
+def test_the_gradient_is_that_of_reinforce() -> None:
+    """Caption by caption, word by word, through the step of the search instead of the loss of a batch."""
+    model = _model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    sampled: list[CaptionBatch] = []
+    step = _step(model, samples=3)
+    critic = step.self_critical
+    assert critic is not None
+
+    def watched(batch: CaptionBatch, features: Tensor) -> Any:
+        made = critic(batch, features)
+        sampled.append(made.batch)
+        return made
+
+    step.self_critical = watched  # type: ignore[assignment]
+    watched.model = model  # type: ignore[attr-defined]
+    report = step(0, [_batch()])
+    change = {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    naive = _model().train()
+    (batch,) = sampled
+    assert batch.weights is not None
+    total = torch.zeros((), dtype=torch.float64)
+    for row, (caption, weight) in enumerate(zip(_captions(batch), batch.weights.double().tolist(), strict=True)):
+        image = int(batch.image_rows[row // 3])
+        state, previous = naive.init_state(_store().features(torch.tensor([image]))), 1
+        for word in caption:
+            logits, _, state = naive.step(torch.tensor([[previous]]), state)
+            total = total - weight * F.log_softmax(logits[0, 0], dim=-1)[word]
+            previous = word
+    (total / batch.num_tokens).backward()
+    assert report.num_tokens == batch.num_tokens
+    for name, parameter in naive.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            torch.testing.assert_close(change[name], parameter.grad, rtol=0, atol=1e-9)
+    assert max(tensor.abs().max().item() for tensor in change.values()) > 1e-4
+
+
+def test_steps_raise_the_reward() -> None:
+    model = _model()
+    step = _step(model, torch.optim.Adam, lr=0.02, samples=8)
+    rewards = []
+    for index in range(60):
+        report = step(index, [_batch()])
+        rewards.append(report.reward_sum / report.num_samples)
+        assert report.num_samples == 24
+    first, last = np.mean(rewards[:10]), np.mean(rewards[-10:])
+    assert last > first + 1.0, (first, last)
+
+
+def test_other_batches_have_no_reward() -> None:
+    model = _model()
+    step = _step(model)
+    step.self_critical = None
+    report = step(0, [_batch()])
+    assert (report.reward_sum, report.num_samples) == (0.0, 0)
+    assert replace(_batch()).weights is None

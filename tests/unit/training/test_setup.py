@@ -1,0 +1,65 @@
+"""Starting from a model folder: its weights arrive, and a folder that does not fit is refused with what differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from capdist.config import DecoderSection, EncoderSection
+from capdist.data.images import Preprocessing
+from capdist.errors import CheckpointError
+from capdist.model_folder import TrainedModel, save_pretrained
+from capdist.models.caption_model import CaptionModel, build_model
+from capdist.text.vocabulary import Vocabulary
+from capdist.training.setup import start_from
+
+WORDS = Vocabulary(["dog", "cat"])
+ENCODER = {"name": "resnet18", "weights": "none", "stage": "layer1"}
+DECODER = {"embed_size": 8, "hidden_size": 8, "attention_size": 8}
+
+
+def _model(seed: int, encoder: dict[str, object] | None = None, **decoder: object) -> CaptionModel:
+    torch.manual_seed(seed)
+    return build_model(
+        EncoderSection(**(ENCODER | (encoder or {}))), DecoderSection(**(DECODER | decoder)), vocab_size=6, pad_id=0
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    search = {"beam_size": 3, "length_penalty": 0.0, "no_repeat_ngram": 0, "min_length": 0}
+    preprocessing = Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
+    encoder, decoder = EncoderSection(**ENCODER), DecoderSection(**DECODER)
+    save_pretrained(TrainedModel(_model(0), WORDS, preprocessing, encoder, decoder, 9, search, {}), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("trainable_from", [None, "layer1"])
+def test_all_weights_arrive(folder: Path, trainable_from: str | None) -> None:
+    model = _model(1, {"trainable_from": trainable_from}, dropout=0.1)
+    expected = _model(0).state_dict()
+    assert not all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    start_from(str(folder), model, WORDS)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "words", "found"),
+    [
+        ({}, {}, ["dog", "cow"], "words"),
+        ({}, {"hidden_size": 16}, ["dog", "cat"], "another encoder or decoder"),
+        ({"stage": "layer2"}, {}, ["dog", "cat"], "another encoder or decoder"),
+        ({"projection": 4}, {}, ["dog", "cat"], "another encoder or decoder"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    folder: Path, encoder: dict[str, object], decoder: dict[str, object], words: list[str], found: str
+) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        start_from(str(folder), _model(1, encoder, **decoder), Vocabulary(words))
+    (mistake,) = caught.value.mistakes
+    assert mistake.startswith(f"training.start_from: {folder}: ")
+    assert found in mistake
+    assert "\n" not in mistake
