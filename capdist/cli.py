@@ -23,6 +23,10 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="model folder, or model id of the Hugging Face Hub")]
+Others = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="MODEL", help="one more model, to write each caption together; may be repeated"),
+]
 BeamSize = Annotated[int | None, typer.Option(min=1, max=100, help="beams; default: as the model was validated")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
 Config = Annotated[Path, typer.Option(metavar="RECIPE", help="YAML file under configs/")]
@@ -60,6 +64,7 @@ def evaluate(
     *,
     source: Annotated[str, typer.Option(help="scenes, flickr8k, karpathy, hub or folder")],
     path: Annotated[str | None, typer.Option(help="folder or file of the source, or a data set id")] = None,
+    others: Others = None,
     split: Annotated[str, typer.Option(help="train, validation (dev), dev-choose, dev-report or test")] = "test",
     beam_size: BeamSize = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first N images of the split")] = None,
@@ -82,6 +87,7 @@ def evaluate(
         num_workers=num_workers,
         output=output,
         overrides=overrides or (),
+        others=others or (),
     )
 
 
@@ -89,6 +95,7 @@ def evaluate(
 def caption(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="photos, or folders of photos")],
+    others: Others = None,
     beam_size: BeamSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
     attention: Annotated[Path | None, typer.Option(metavar="FOLDER", help="save what each word looked at")] = None,
@@ -100,7 +107,7 @@ def caption(
     from capdist.inference.pictures import save_attention
 
     photos = find_photos(images)
-    captions = Captioner.from_pretrained(model).caption(
+    captions = Captioner.from_pretrained([model, *(others or ())]).caption(
         photos, beam_size=beam_size, return_attention=attention is not None
     )
     if attention is not None:

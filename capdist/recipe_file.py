@@ -149,7 +149,7 @@ _KEYS_OF_STAGES = {
     "encoder": {
         "trainable_from", "batch_norm", "cache", "cache_views", "precision", "compile", "gradient_checkpointing",
     },
-    "decoder": {"dropout"},
+    "decoder": {"dropout", "feature_dropout", "state_dropout"},
 }  # fmt: skip
 _SECTIONS_OF_STAGES = ("training", "scst", "evaluation", "checkpoint")
 

@@ -97,8 +97,13 @@ def _check(names: Sequence[str], recipe: Recipe, model: Path | None, with_textbo
             raise UsageError(f"benchmark: {name!r} is not one{nearest(name, NAMES)}")
     if not recipe.caches_features and {"train-step", "epoch"} & set(names):
         raise UsageError("benchmark: train-step and epoch train on cached features, and this recipe caches none")
-    if not recipe.decoder.gate and with_textbook and {"train-step", "caption", "epoch"} & set(names):
-        raise UsageError("decoder.gate: the textbook has a gate; set decoder.gate=true, or give --no-textbook")
+    if with_textbook and {"train-step", "caption", "epoch"} & set(names):
+        if not recipe.decoder.gate:
+            raise UsageError("decoder.gate: the textbook has a gate; set decoder.gate=true, or give --no-textbook")
+        if recipe.decoder.name != "soft_attention":
+            raise UsageError(
+                f"decoder.name: the textbook's is soft_attention, found {recipe.decoder.name}; give --no-textbook"
+            )
     if model is not None and recipe.data.path is None:
         raise UsageError("--model: captions the validation photos of data.path, which is missing")
 

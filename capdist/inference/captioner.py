@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from capdist.data.images import open_photo, upright_rgb
 from capdist.decoding import SearchOptions, search
-from capdist.errors import DataError, UsageError
+from capdist.errors import CheckpointError, DataError, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained
+from capdist.models.ensemble import Ensemble
 from capdist.text.tokenizer import detokenize
 
 
@@ -36,30 +37,58 @@ class Caption:
 
 
 class Captioner:
-    """Captions photos with a trained model.
+    """Captions photos with a trained model, or with several that write each caption together.
 
     Args:
-        trained: The model and what it needs.
+        trained: The model and what it needs; or several, the mean of whose probabilities counts. The first one's are
+            the search settings and the longest caption.
         device: Where it runs; None = a GPU if there is one.
+        names: What to call several models in errors; none = by number.
+
+    Attributes:
+        members: The models and what they need.
+        trained: The first of them.
+        model: The network, or the ensemble.
+
+    Raises:
+        UsageError: if there is no model.
+        CheckpointError: if several have not all the same vocabulary and preprocessing.
 
     Example:
         >>> Captioner.from_pretrained("runs/scenes/model").caption("photo.jpg")  # doctest: +SKIP
         [Caption(text='a red ball left of a blue box', ...)]
     """
 
-    def __init__(self, trained: TrainedModel, device: str | torch.device | None = None) -> None:
-        self.trained = trained
+    def __init__(
+        self,
+        trained: TrainedModel | Sequence[TrainedModel],
+        device: str | torch.device | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.members = (trained,) if isinstance(trained, TrainedModel) else tuple(trained)
+        if not self.members:
+            raise UsageError("model: none given; give one model folder or more")
+        names = names or [f"model {number}" for number in range(1, len(self.members) + 1)]
+        _check_alike(self.members, names)
+        self.trained = self.members[0]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = trained.model.to(self.device).eval()
+        networks = [member.model for member in self.members]
+        # Whoever encodes and searches with it need not know which of the two it is.
+        model: Any = networks[0] if len(networks) == 1 else Ensemble(networks, names)
+        self.model = model.to(self.device).eval()
 
     @classmethod
-    def from_pretrained(cls, folder_or_hub_id: str | Path, device: str | torch.device | None = None) -> Captioner:
-        """Load a model folder, or a model of the Hugging Face Hub.
+    def from_pretrained(
+        cls, folder_or_hub_id: str | Path | Sequence[str | Path], device: str | torch.device | None = None
+    ) -> Captioner:
+        """Load a model folder, or a model of the Hugging Face Hub, or several of them as an ensemble.
 
         Raises:
             CheckpointError, StorageError: as `load_pretrained`.
+            UsageError, CheckpointError: as `Captioner`.
         """
-        return cls(load_pretrained(folder_or_hub_id), device)
+        folders = [folder_or_hub_id] if isinstance(folder_or_hub_id, str | Path) else folder_or_hub_id
+        return cls([load_pretrained(folder) for folder in folders], device, [str(folder) for folder in folders])
 
     def options(self, beam_size: int | None = None, max_length: int | None = None) -> SearchOptions:
         """Return the model's own search settings, with some replaced."""
@@ -119,6 +148,26 @@ class Captioner:
             looked = None if result.attention is None else result.attention[row, 0, : len(words)].float().cpu()
             captions.append(Caption(detokenize(words), float(result.log_probabilities[row, 0]), words, looked))
         return iter(captions)
+
+
+def _check_alike(members: Sequence[TrainedModel], names: Sequence[str]) -> None:
+    """Refuse members that say other words than the first, or see other photos, one line each."""
+    first, mistakes = members[0], []
+    for name, member in zip(names, members, strict=True):
+        if member.vocabulary.words != first.vocabulary.words:
+            mistakes.append(
+                f"{name}: its vocabulary ({len(member.vocabulary)} words) is not that of {names[0]} "
+                f"({len(first.vocabulary)}); probabilities are averaged word by word: train both on the same captions"
+            )
+        keys = [field.name for field in fields(first.preprocessing)]
+        of_both = [(key, getattr(member.preprocessing, key), getattr(first.preprocessing, key)) for key in keys]
+        mistakes += [
+            f"{name}: its photos have {key} {own}, those of {names[0]} {firsts}; an ensemble prepares a photo once"
+            for key, own, firsts in of_both
+            if own != firsts
+        ]
+    if mistakes:
+        raise CheckpointError(*mistakes)
 
 
 def _open(photo: Any, smallest_side: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Score a model folder on a split of any source: what `capdist evaluate` does."""
+"""Score a model folder, or several as an ensemble, on a split of any source: what `capdist evaluate` does."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def evaluate_folder(
     num_workers: int = 0,
     output: Path | None = None,
     overrides: Sequence[str] = (),
+    others: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Caption and score a split; the main process prints the table and writes `output`.
 
@@ -49,6 +50,7 @@ def evaluate_folder(
         num_workers: Loader processes.
         output: JSON file.
         overrides: `data.key=value`, for example columns of a `hub` source.
+        others: Model folders or hub ids that write each caption together with `model`.
 
     Returns:
         `metrics`, `settings` and `captions`.
@@ -61,14 +63,14 @@ def evaluate_folder(
     if output is not None and not output.absolute().parent.is_dir():
         raise DataError(f"--output: {output.absolute().parent}: no such folder")
     accelerator = build_accelerator()
-    captioner = Captioner.from_pretrained(model, accelerator.device)
+    captioner = Captioner.from_pretrained([model, *others], accelerator.device)
     rows = _read_split(data, split)
     trained, options = captioner.trained, captioner.options(beam_size)
     evaluator = Evaluator(accelerator, trained.vocabulary, trained.preprocessing, options, batch_size, num_workers)
     evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
-    result = _result(trained, data, rows, options, evaluation)
+    result = _result(captioner.members, data, rows, options, evaluation)
     if accelerator.is_main_process:
-        print_scores(f"{model}: {rows.name} split, beam {options.beam_size}", evaluation.metrics)
+        print_scores(f"{' + '.join([model, *others])}: {rows.name} split, beam {options.beam_size}", evaluation.metrics)
         if output is not None:
             _write(output, result)
     accelerator.wait_for_everyone()
@@ -83,7 +85,7 @@ def _read_split(data: DataSection, name: str) -> Split:
 
 
 def _result(
-    trained: TrainedModel, data: DataSection, split: Split, options: SearchOptions, evaluation: Evaluation
+    members: Sequence[TrainedModel], data: DataSection, split: Split, options: SearchOptions, evaluation: Evaluation
 ) -> dict[str, Any]:
     references = {split.image_ids[row]: list(split.references[row]) for row in split.scored_rows}
     settings = {
@@ -94,7 +96,8 @@ def _result(
         "tokeniser": TOKENISER,
         "num_images": len(references),
         "num_references": sum(map(len, references.values())),
-        "model_sha256": trained.digest,
+        "model_sha256": members[0].digest,
+        "members_sha256": [member.digest for member in members],
         "capdist_version": __version__,
     }
     captions = [

@@ -115,7 +115,8 @@ class TrainStep:
         made = []
         for micro, batch in enumerate(window):
             torch.manual_seed(seed_of(self.recipe.run.seed, "samples", step, micro, self.accelerator.process_index))
-            made.append(self.self_critical(batch, self._encoded(batch)))
+            with self.accelerator.autocast():
+                made.append(self.self_critical(batch, self._encoded(batch)))
         return [s.batch for s in made], sum(s.reward_sum for s in made), sum(s.num_samples for s in made)
 
     def warm_up(self, batch: CaptionBatch) -> None:

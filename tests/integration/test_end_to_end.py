@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 from capdist import Captioner
+from capdist.model_folder import load_pretrained, save_pretrained
+from capdist.text.vocabulary import Vocabulary
 from tests.processes import REPOSITORY, SMALL, TRAIN, check_finished, launch, run
 
 pytestmark = pytest.mark.slow
@@ -82,6 +85,31 @@ def test_evaluate_writes_what_is_promised(trained: Path, photos: Path, tmp_path:
     final = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
     for name in METRICS - {"meteor"}:
         assert result["metrics"][name] == pytest.approx(final[name], abs=1e-9)
+
+
+def test_evaluate_of_an_ensemble_of_one_model_scores_as_the_model(trained: Path, photos: Path, tmp_path: Path) -> None:
+    output, model = tmp_path / "scores.json", str(trained / "model")
+    command = ["-m", "capdist.cli", "evaluate", model, "--with", model, "--source", "folder", "--path", str(photos)]
+    # Without Java, whose METEOR takes longer than all the rest.
+    check_finished(run([*command, "--beam-size", "2", "--output", str(output)], PATH=str(tmp_path)))
+    result = json.loads(output.read_text())
+    digest = json.loads((trained / "model" / "config.json").read_text())["sha256"]["model.safetensors"]
+    assert (result["settings"]["model_sha256"], result["settings"]["members_sha256"]) == (digest, [digest, digest])
+    final = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
+    for name in METRICS - {"meteor"}:
+        assert result["metrics"][name] == pytest.approx(final[name], abs=1e-9)
+
+
+def test_an_ensemble_of_two_vocabularies_exits_with_4(trained: Path, photos: Path, tmp_path: Path) -> None:
+    model = load_pretrained(trained / "model")
+    others = Vocabulary(model.vocabulary.words[:3:-1])
+    save_pretrained(replace(model, vocabulary=others), tmp_path / "other")
+    command = ["-m", "capdist.cli", "caption", str(trained / "model"), "--with", str(trained / "model")]
+    result = run([*command, "--with", str(tmp_path / "other"), str(photos / "test_0000.png")])
+    assert result.returncode == 4
+    (line,) = result.stderr.splitlines()
+    assert f"{tmp_path / 'other'}: its vocabulary" in line
+    assert str(trained / "model") in line
 
 
 def test_evaluate_names_the_split_it_has_not(trained: Path, photos: Path) -> None:
