@@ -150,7 +150,7 @@ class TrainingSection(Section):
 
     stage: Literal["cross_entropy", "scst"] = "cross_entropy"
     """`cross_entropy` learns the captions of people word by word; `scst` (self-critical sequence training, Rennie et
-    al. 2017) samples captions and learns from their scores, see section `scst`."""
+    al. 2017) samples captions and learns from their scores, without dropout, see section `scst`."""
     start_from: Name | None = None
     """Model folder whose weights training starts from; null = new weights."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,29 @@ def draw_photos(folder: Path, sizes: dict[str, int], side: int = 40) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `folder` source of 30 training, 10 validation and 10 test photos."""
     return draw_photos(tmp_path_factory.mktemp("photos") / "data", {"train": 30, "validation": 10, "test": 10})
+
+
+def reset_accelerate() -> None:
+    """Forget accelerate's singletons, as in a new process."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let a test launch in this process, on the CPU, and undo what a launch sets: singletons, threads, loggers."""
+    import torch
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    threads, level = torch.get_num_threads(), logging.getLogger("capdist").level
+    reset_accelerate()
+    yield
+    reset_accelerate()
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+    logging.getLogger("capdist").setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -81,7 +81,10 @@ FREE_KEYS = {
     ("training", "start_from"), ("training", "epochs"), ("training", "max_steps"),
     ("training", "patience"), ("training", "log_every"),
 }  # fmt: skip
-"""Recipe keys that a resumed run may change; so may `checkpoint`, `tracking`, and `evaluation` but for `select_by`."""
+"""Recipe keys that a resumed run may change; so may `checkpoint`, `tracking`, and `evaluation` but for CHOOSING_KEYS."""
+
+CHOOSING_KEYS = ("select_by", "halve_validation")
+"""Keys of `evaluation` without which the best score so far means nothing."""
 
 
 def save_checkpoint(
@@ -240,7 +243,7 @@ def _recipe_differences(
         # A key that is newer than the checkpoint had its default.
         before, after = defaults.get(section, {}) | saved.get(section, {}), now.get(section, {})
         for key in sorted(before.keys() | after.keys()):
-            free = section in ("checkpoint", "tracking") or (section == "evaluation" and key != "select_by")
+            free = section in ("checkpoint", "tracking") or (section == "evaluation" and key not in CHOOSING_KEYS)
             if before.get(key) != after.get(key) and not free and (section, key) not in FREE_KEYS:
                 yield section, key, before.get(key), after.get(key)
 

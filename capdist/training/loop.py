@@ -177,7 +177,7 @@ class Loop:
     def warm_up(self) -> None:
         """See `TrainStep.warm_up`; a single process has nothing to warm up."""
         if self.accelerator.num_processes > 1:
-            self.model.train()
+            self._set_mode()
             keys = self.plan.keys(0, self.accelerator.process_index)[0]
             batch = Collator(self.dataset.captions_per_image)([self.dataset[key] for key in keys])
             if not isinstance(batch, CaptionBatch):
@@ -198,7 +198,7 @@ class Loop:
             Stopped: after a signal, once a checkpoint is saved.
             DataError, NumericsError: as the steps.
         """
-        self.model.train()
+        self._set_mode()
         batches = self._batches()
         meter = self._new_meter()
         with logging_redirect_tqdm(), tqdm(
@@ -231,6 +231,11 @@ class Loop:
         if self._saved_step != self.state.step:
             self._save()  # patience ended the run between two checkpoints
         return self.state
+
+    def _set_mode(self) -> None:
+        # Samples are learned by the network that drew them. With dropout it would be another, for which this is not the
+        # gradient of the reward: training then falls apart after an epoch or two.
+        self.model.train(self.step.self_critical is None)
 
     def _batches(self) -> Iterator[CaptionBatch]:
         return training_batches(

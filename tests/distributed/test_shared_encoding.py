@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from capdist.recipe_file import load_recipe
 from capdist.training.fill_cache import fill_cache
@@ -20,23 +17,6 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = REPOSITORY / "tests" / "distributed" / "scripts" / "features_with_fault.py"
 RECIPE = ("--config", "configs/scenes.yaml")
-
-
-def _reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture
-def fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in `tests/unit/training`: the pass in one go is made in this process."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
-    _reset()
-    yield
-    _reset()
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 def present(stdout: str) -> dict[str, tuple[int, int]]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -37,28 +36,12 @@ from capdist.training import encoding
 from capdist.training.encoding import Encoded, encode_splits
 from capdist.training.launch import build_accelerator
 from capdist.training.step import TrainStep
-from tests.conftest import draw_photos
+from tests.conftest import draw_photos, reset_accelerate
 from tests.processes import SMALL
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 VIEWS = ("data.random_crop=0.5", "data.horizontal_flip=true", "encoder.cache_views=3")
-
-
-def _reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Accelerate keeps its state in singletons, and the launch sets up torch's threads and capdist's loggers."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads, level = torch.get_num_threads(), logging.getLogger("capdist").level
-    _reset()
-    yield
-    _reset()
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
-    logging.getLogger("capdist").setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +81,7 @@ def _model(recipe: Recipe) -> tuple[CaptionModel, Preprocessing]:
 
 
 def _encode(recipe: Recipe, *names: str) -> list[Encoded]:
-    _reset()
+    reset_accelerate()
     accelerator = build_accelerator(recipe)
     loaded = read_source(recipe.data)
     splits = {name: get_split(loaded, name) for name in names or ("train",)}
@@ -342,7 +325,7 @@ def test_views_of_training_photos_are_encoded_once(arguments: list[str], encoded
 
 
 def _command(arguments: list[str]) -> int:
-    _reset()
+    reset_accelerate()
     with pytest.raises(SystemExit) as caught:
         cli.main(["features", "--config", "configs/scenes.yaml", *arguments])
     assert isinstance(caught.value.code, int)
@@ -367,7 +350,7 @@ def test_the_command_says_what_it_did_and_training_finds_it(
         assert Path(line.split()[-1], "features.npy").is_file()
     assert _command(arguments) == 0
     assert "train: 10 photos, 10 were there already, nothing to do, " in capsys.readouterr().out
-    _reset()
+    reset_accelerate()
     train([_recipe(arguments, "training.max_steps=1", "training.warmup_steps=0")])
     assert len(encoded_rows) == 15
 
@@ -396,7 +379,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _train(recipe: Recipe, *, resume: bool = False) -> dict[str, torch.Tensor]:
-    _reset()
+    reset_accelerate()
     result = train([recipe], resume=resume)
     return load_file(result.folder / "checkpoints" / f"step_{result.steps:08d}" / "model.safetensors")
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from capdist.config import Recipe
@@ -19,14 +17,9 @@ from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.training.step import TrainStep
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def _model() -> CaptionModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +27,8 @@ from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
 from capdist.training.self_critical import SelfCritical
 from capdist.training.step import TrainStep
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
 VOCABULARY = Vocabulary(["a", "dog", "cat", "runs", "sits", "on", "grass"])
 CAPTIONS = [
     [["a", "dog", "runs"], ["dog", "runs", "on", "grass"]],
@@ -38,15 +38,6 @@ CAPTIONS = [
 IMAGES, CELLS, CHANNELS = 3, 4, 6
 PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 OPTIONS = SearchOptions(bos_id=1, eos_id=2, pad_id=0, suppressed_ids=(0, 1, 3), beam_size=1, max_length=6)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 class _DoubleStore(FeatureStore):

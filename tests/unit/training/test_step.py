@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 
 from capdist.config import Recipe
@@ -24,26 +23,13 @@ from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.training.launch import build_accelerator
 from capdist.training.step import MOST_SKIPPED_STEPS, TrainStep
+from tests.conftest import reset_accelerate
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 VOCABULARY, CHANNELS, CELLS, IMAGES, ROWS = 13, 6, 4, 6, 3
 LENGTHS = ((3, 7, 1), (5,), (), (2, 2), (9, 1, 4), (6,))  # words of each image's captions; one image has none
 PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
-def _reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its state in singletons, and the launch sets up torch's threads."""
-    threads = torch.get_num_threads()
-    _reset()
-    yield
-    _reset()
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
 
 
 class _DoubleStore(FeatureStore):
@@ -114,7 +100,7 @@ def _bits(model: nn.Module) -> dict[str, bytes]:
 def _gradient(
     window: Sequence[CaptionBatch], *, step: int = 0, recipe: Recipe | None = None, dropout: float = 0.0
 ) -> dict[str, Tensor]:
-    _reset()
+    reset_accelerate()
     model = _model(dropout)
     train_step, _ = _step(model, recipe)
     before = _weights(model)
@@ -291,7 +277,7 @@ def test_photos_and_their_features_give_the_same_step() -> None:
     """A frozen encoder in the step, or in the store that it filled before."""
     after = []
     for cached in (False, True):
-        _reset()
+        reset_accelerate()
         model = _model().float().train()
         batch = _samples([0, 3, 5], photos=True)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 
 from capdist.config import Recipe
 from capdist.training.tracking import Tracking
+from tests.conftest import reset_accelerate
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +27,9 @@ def _fresh_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         monkeypatch.setenv(name, "")  # so that what the code sets is undone as well
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
 
 
 def _recipe(tmp_path: Path, *trackers: str) -> Recipe:
