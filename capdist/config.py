@@ -5,6 +5,7 @@ A recipe is a YAML file under `configs/`; `section.key=value` on the command lin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -152,7 +153,7 @@ class TrainingSection(Section):
     """`cross_entropy` learns the captions of people word by word; `scst` (self-critical sequence training, Rennie et
     al. 2017) samples captions and learns from their scores, without dropout, see section `scst`."""
     start_from: Name | None = None
-    """Model folder whose weights training starts from; null = new weights."""
+    """Model folder whose weights, the encoder's too, training starts from; null = new weights."""
 
     epochs: Positive = 10
     """Passes over all training captions."""
@@ -175,9 +176,9 @@ class TrainingSection(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 5.0
     """Largest norm of all gradients together; null = no clipping."""
     label_smoothing: Fraction = 0.1
-    """Share of probability spread over all words (Szegedy et al. 2016)."""
+    """Share of probability spread over all words (Szegedy et al. 2016); not in `scst`."""
     doubly_stochastic: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the penalty that every cell be looked at about once (Xu et al., equation 14)."""
+    """Weight of the penalty that every cell be looked at about once (Xu et al., equation 14); not in `scst`."""
     mixed_precision: Literal["inherit", "no", "bf16", "fp16"] = "inherit"
     """Precision of the arithmetic; `inherit` takes what `accelerate launch` was given."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -305,6 +306,11 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
     scst = recipe.scst
     if scst.samples == 1 and scst.baseline == "others":
         yield "scst.samples: one sample has no others to be compared with; take 2 or more, or scst.baseline=greedy"
+    if recipe.training.stage == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
+        yield "encoder.batch_norm: scst learns with the statistics that it samples with; set frozen"
+    start_from, folder = recipe.training.start_from, os.path.abspath(recipe.run_folder)
+    if start_from is not None and Path(os.path.abspath(start_from)).is_relative_to(folder):
+        yield f"training.start_from: {start_from} is in the folder of this run, which writes there; change run.name"
     if scst.cider_weight == scst.bleu_weight == 0:
         yield "scst.cider_weight: nothing is rewarded; set it or scst.bleu_weight"
     if data.source != "scenes" and data.path is None:

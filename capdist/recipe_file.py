@@ -82,7 +82,8 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
 
     Args:
         path: YAML file.
-        overrides: `section.key=value`, values written as in YAML; they hold in all stages.
+        overrides: `section.key=value`, values written as in YAML, which hold in all stages; or
+            `stages.<name>.section.key=value`.
 
     Returns:
         A recipe for each stage; one if the file names none.
@@ -98,10 +99,15 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
             _apply_override(values, places, override, mistakes)
         return [_validate(values, places, str(path), mistakes)]
     recipes: list[Recipe] = []
-    for name, changes in _check_stages(stages, places, mistakes).items():
+    sound = _check_stages(stages, places, mistakes)
+    mistakes += _overrides_of_no_stage(overrides, stages)
+    for name, changes in sound.items():
         of_stage, places_of_stage = _merge(values, places, name, changes)
         for override in overrides:
-            _apply_override(of_stage, places_of_stage, override, mistakes)
+            if not override.startswith("stages."):
+                _apply_override(of_stage, places_of_stage, override, mistakes)
+            elif override.startswith(f"stages.{name}."):
+                _apply_override(of_stage, places_of_stage, override.removeprefix(f"stages.{name}."), mistakes)
         try:
             recipes.append(_validate(of_stage, places_of_stage, str(path), []))
         except UsageError as error:
@@ -123,11 +129,21 @@ def _check_stages(stages: Any, places: Places, mistakes: list[str]) -> dict[str,
         place = places.get(("stages", str(name)), place)
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w\-]*", name):
             mistakes.append(f"{place}: stages.{name}: must be a name of letters, digits, '-' and '_'")
-        elif not isinstance(changes, dict | None) or not all(isinstance(v, dict) for v in (changes or {}).values()):
+        elif not isinstance(changes, dict | None) or not all(
+            isinstance(keys, dict | None) for keys in (changes or {}).values()
+        ):
             mistakes.append(f"{place}: stages.{name}: expected sections of keys, found {_show(changes)}")
+        elif name != next(iter(stages)) and "start_from" in ((changes or {}).get("training") or {}):
+            place = places.get(("stages", name, "training", "start_from"), place)
+            mistakes.append(f"{place}: training.start_from: a stage starts from the one before; only the first may say")
         else:
-            sound[name] = changes or {}
+            sound[name] = {section: keys or {} for section, keys in (changes or {}).items()}
     return sound
+
+
+def _overrides_of_no_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> list[str]:
+    names = [override.split(".")[1] for override in overrides if override.startswith("stages.")]
+    return [f"command line: stages.{n}: no such stage{nearest(n, list(stages))}" for n in names if n not in stages]
 
 
 def _merge(
@@ -170,7 +186,8 @@ def _differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str],
 
 def _may_differ(section: str, key: str) -> bool:
     if section in _SECTIONS_OF_STAGES:
-        return (section, key) != ("training", "mixed_precision")
+        # Halves that come later would report photos on which the model was chosen.
+        return (section, key) not in (("training", "mixed_precision"), ("evaluation", "halve_validation"))
     return key in _KEYS_OF_STAGES.get(section, ())
 
 

@@ -73,14 +73,17 @@ def train(stages: Sequence[Recipe], *, resume: bool = False) -> TrainResult:
         CapdistError: the class says what kind of thing went wrong.
     """
     from capdist.training import launch
-    from capdist.training.setup import refuse_to_overwrite
+    from capdist.training.setup import find_runs, refuse_to_overwrite
 
     accelerator = launch.build_accelerator(stages[0])
+    folders = [stage.run_folder for stage in stages]
     if not resume:  # now, not when the first stage is over
-        refuse_to_overwrite([stage.run_folder for stage in stages], accelerator)
-    for stage in stages:
+        refuse_to_overwrite(folders, accelerator)
+    # Stages before the last one that began are over: it started from their best model.
+    begun = find_runs(folders, accelerator)
+    for stage in stages[folders.index(begun[-1]) if begun else 0 :]:
         result = train_stage(accelerator, stage, resume=resume)
-        accelerator.free_memory()
+        launch.end_stage(accelerator)
     accelerator.end_training()
     return result
 
@@ -96,19 +99,16 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
     Raises:
         CapdistError: the class says what kind of thing went wrong.
     """
-    import torch
-
-    from capdist.data.captions import seed_of
     from capdist.data.images import Preprocessing
     from capdist.data.prepared import prepare
     from capdist.inference.report import final_report
-    from capdist.models.caption_model import build_model
     from capdist.training import launch
+    from capdist.training.checkpoints import find_checkpoint
     from capdist.training.encoding import encode_splits
     from capdist.training.evaluation import Evaluator, search_options
     from capdist.training.loop import Loop
     from capdist.training.optimization import build_optimizer
-    from capdist.training.setup import describe_start, identify, refuse_to_overwrite, show_start, start_from
+    from capdist.training.setup import build_network, describe_start, identify, refuse_to_overwrite, show_start
     from capdist.training.stopping import StopSignals
     from capdist.training.tracking import Tracking
 
@@ -119,12 +119,8 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
 
         # Photos and captions, words, network.
         data = prepare(recipe)
-        torch.manual_seed(seed_of(recipe.run.seed, "weights"))
-        model = build_model(
-            recipe.encoder, recipe.decoder, vocab_size=len(data.vocabulary), pad_id=data.vocabulary.pad_id
-        ).to(accelerator.device)
-        if recipe.training.start_from is not None:
-            start_from(recipe.training.start_from, model, data.vocabulary)
+        checkpoint = find_checkpoint(recipe, accelerator) if resume else None
+        model = build_network(recipe, data.vocabulary, checkpoint).to(accelerator.device)
         preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
         optimizer = build_optimizer(model, recipe.training)
         identity = identify(recipe, data, model, accelerator)
@@ -144,8 +140,8 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
         )
         loop = Loop(accelerator, recipe, data, model, optimizer, preprocessing, features, evaluator, identity)
         loop.warm_up()
-        if resume:
-            loop.restore()
+        if checkpoint is not None:
+            loop.restore(checkpoint)
 
         tracking = Tracking(accelerator, recipe, loop.state.step)
         if accelerator.is_main_process:

@@ -44,12 +44,14 @@ class Sample(NamedTuple):
         feature_row: Row of the feature store, which is that of the split unless views are cached.
         pixels: uint8 (3, S, S), or None when features are cached.
         captions: Ids, without `<bos>`; none for a filler.
+        is_mirrored: Whether the photo is, and left and right in its captions are swapped.
     """
 
     image: int
     feature_row: int
     pixels: Tensor | None
     captions: list[Tensor]
+    is_mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class CaptionBatch:
         lengths: (B·R,) labels of each row, for the host: asking the device would make it wait.
         num_tokens: Labels that count.
         num_captions: Captions that count.
+        mirrored: (B,) bool, photos that are mirrored.
         weights: (B·R,) by which the loss of each caption is multiplied; None = 1.
     """
 
@@ -78,6 +81,7 @@ class CaptionBatch:
     lengths: tuple[int, ...]
     num_tokens: int
     num_captions: int
+    mirrored: Tensor
     weights: Tensor | None = None
 
     def to(self, device: torch.device) -> CaptionBatch:
@@ -116,8 +120,8 @@ class Views:
         return image * self.count + (first + epoch) % self.count
 
     def seed_of_view(self, image: int, view: int) -> int:
-        """Return the seed from which a view is drawn; every second view of an image is mirrored if any is."""
-        return seed_of(self.seed, "view", image, view) // 2 * 2 + view % 2
+        """Return the seed from which a view is drawn; every second view is mirrored if any is."""
+        return seed_of(self.seed, "view", image, view) // 2 * 2 + (image + view) % 2
 
 
 def build_views(recipe: Recipe) -> Views | None:
@@ -168,11 +172,12 @@ class CaptionDataset(Dataset[Sample | DataError]):
             return error
         row = key.image if self.views is None else self.views.row(key.image, key.epoch)
         captions = [] if key.is_filler else self._captions(key)
-        if captions and self._is_mirrored(key, row):
+        is_mirrored = self._is_mirrored(key, row)
+        if is_mirrored:
             captions = [
                 caption.clone().apply_(lambda word: self.mirrored_words.get(word, word)) for caption in captions
             ]
-        return Sample(key.image, row, pixels, captions)
+        return Sample(key.image, row, pixels, captions, is_mirrored)
 
     def _captions(self, key: SampleKey) -> list[Tensor]:
         captions = self.captions.captions(key.image)
@@ -238,6 +243,7 @@ class Collator:
             lengths=tuple(0 if row is None else len(row) for row in rows),
             num_tokens=sum(len(row) for row in rows if row is not None),
             num_captions=sum(row is not None for row in rows),
+            mirrored=torch.tensor([s.is_mirrored for s in good]),
         )
 
 

@@ -89,13 +89,15 @@ class CaptionTable:
 def reference_ids(images: Sequence[Sequence[Sequence[str]]], vocabulary: Vocabulary) -> list[list[NDArray[np.int64]]]:
     """Return whole captions by image as ids, ended by `<eos>`, each word outside the vocabulary with an id of its own.
 
-    No sampled word ever equals such a word, as in a score that compares the words themselves.
+    Captions without a word are left out. No sampled word ever equals one outside the vocabulary, as in a score that
+    compares the words themselves.
     """
     ids = {word: index for index, word in enumerate(vocabulary.words)}
-    return [
-        [np.array([*(ids.setdefault(word, len(ids)) for word in caption), vocabulary.eos_id]) for caption in captions]
-        for captions in images
-    ]
+
+    def encode(caption: Sequence[str]) -> NDArray[np.int64]:
+        return np.array([*(ids.setdefault(word, len(ids)) for word in caption), vocabulary.eos_id])
+
+    return [[encode(caption) for caption in captions if caption] for captions in images]
 
 
 def tokenize_images(images: Iterable[Sequence[str]]) -> list[list[list[str]]]:

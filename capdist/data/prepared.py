@@ -83,7 +83,7 @@ class PreparedData:
 
     @property
     def reporting(self) -> Split | None:
-        """The split of the final scores: the first that nothing was chosen on, if there is one."""
+        """The split of the final scores, if there is one: that nothing was chosen on, or `validation`."""
         return next((self.splits[n] for n in ("test", REPORT, "validation") if n in self.splits), None)
 
 

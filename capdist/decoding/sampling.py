@@ -68,8 +68,8 @@ def sample(
 def _draw(log_p: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """Draw one token a row, (B, R), from log p (B, R, V); rows in which nothing is allowed get any token."""
     vocabulary = log_p.shape[-1]
-    if top_k == 0 and top_p == 1:  # nothing to cut off, so nothing to rank
-        probabilities = (log_p / temperature).softmax(dim=-1)
+    if top_k == 0 and top_p == 1:  # nothing to cut off, so nothing to rank; the shift is explained below
+        probabilities = ((log_p - log_p.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
         return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(dim=-1)
     best, tokens = log_p.topk(min(top_k or vocabulary, vocabulary), dim=-1)
     # Most probable first and shifted to 0, so that a temperature near 0 overflows in the others only.

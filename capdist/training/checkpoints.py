@@ -1,13 +1,15 @@
 """Checkpoints: whole or absent, exact, and nothing in them is executed.
 
-A checkpoint is a folder `step_<8 digits>` with `model.safetensors`, `optimizer.safetensors`, `vocabulary.json`,
-`state.json` and, last, `manifest.json` with the digest of the others. It is written under another name, flushed to
-the disk and renamed, so a folder with the right name is complete. It is read back only if every digest fits.
+A checkpoint is a folder `step_<8 digits>` with `model.safetensors`, `optimizer.safetensors`, `average.safetensors` if
+the run averages its weights, `vocabulary.json`, `state.json` and, last, `manifest.json` with the digest of the others.
+It is written under another name, flushed to the disk and renamed, so a folder with the right name is complete. It is
+read back only if every digest fits.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -25,9 +27,11 @@ from capdist.errors import CheckpointError
 from capdist.files import flush_to_disk
 from capdist.model_folder import sha256
 from capdist.training.averaging import WeightAverage
+from capdist.training.launch import Accelerator, on_main
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 AVERAGE = "average.safetensors"
+logger = logging.getLogger(__name__)
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -81,7 +85,7 @@ FREE_KEYS = {
     ("training", "start_from"), ("training", "epochs"), ("training", "max_steps"),
     ("training", "patience"), ("training", "log_every"),
 }  # fmt: skip
-"""Recipe keys that a resumed run may change; so may `checkpoint`, `tracking`, and `evaluation` but for CHOOSING_KEYS."""
+"""Recipe keys that a resumed run may change, as it may `checkpoint`, `tracking`, and `evaluation` but for these:"""
 
 CHOOSING_KEYS = ("select_by", "halve_validation")
 """Keys of `evaluation` without which the best score so far means nothing."""
@@ -115,7 +119,7 @@ def save_checkpoint(
         save_model(model, str(staging / MODEL))
         save_file(_flatten(optimizer.state_dict()["state"]), str(staging / OPTIMIZER))
         if average is not None:
-            save_file(average.tensors, str(staging / AVERAGE))
+            save_file({name: t.contiguous() for name, t in average.tensors.items()}, str(staging / AVERAGE))
         (staging / "vocabulary.json").write_text(vocabulary, encoding="utf-8")
         (staging / STATE).write_text(json.dumps({"state": asdict(state), "identity": asdict(identity)}, indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(staging.iterdir())}
@@ -164,6 +168,19 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
             *damages, f"{folder}: no checkpoint is whole; restore one, or start anew without --resume"
         )
     return None
+
+
+def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
+    """Return the checkpoint from which the run of a recipe goes on, or None if there never was one; on all processes.
+
+    Raises:
+        CheckpointError: as `newest_checkpoint`.
+    """
+    folder = recipe.run_folder / "checkpoints"
+    path = on_main(accelerator, lambda: newest_checkpoint(folder, logger.warning))
+    if path is None:
+        logger.info(f"no checkpoint in {folder} yet: starting from the beginning")
+    return path
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -256,8 +273,8 @@ def load_checkpoint(
     Raises:
         CheckpointError: if they do not fit the model.
     """
+    load_weights(checkpoint, model)
     try:
-        load_model(model, checkpoint / MODEL)
         state = _unflatten(load_file(checkpoint / OPTIMIZER))
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         _lay_out(optimizer)
@@ -266,6 +283,18 @@ def load_checkpoint(
             for name, tensor in average.tensors.items():
                 tensor.copy_(saved[name])
     except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint}: does not fit this model ({str(error).splitlines()[0][:160]})") from None
+
+
+def load_weights(checkpoint: Path, model: nn.Module) -> None:
+    """Put the weights of a checkpoint, already found whole, in place.
+
+    Raises:
+        CheckpointError: if they do not fit the model.
+    """
+    try:
+        load_model(model, checkpoint / MODEL)
+    except RuntimeError as error:
         raise CheckpointError(f"{checkpoint}: does not fit this model ({str(error).splitlines()[0][:160]})") from None
 
 

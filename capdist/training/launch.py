@@ -73,6 +73,13 @@ def build_accelerator(recipe: Recipe | None = None, *, threads: int | None = Non
     return accelerator
 
 
+def end_stage(accelerator: Accelerator) -> None:
+    """Let go of a stage's model and optimizer, and begin the next with the loss scale that a new run has."""
+    accelerator.free_memory()
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(type(accelerator.scaler)(accelerator.device.type).state_dict())
+
+
 def check_world(accelerator: Accelerator) -> None:
     """Refuse processes that each believe to be alone: every one would train its own copy into the same folder.
 

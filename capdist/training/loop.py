@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,13 +17,14 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from capdist.config import EvaluationSection, Recipe
+from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch, CaptionDataset, Collator, build_views
 from capdist.data.captions import reference_ids
 from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing, build_augmentation
 from capdist.data.loaders import Plan, training_batches
 from capdist.data.prepared import PreparedData
+from capdist.decoding import SearchOptions
 from capdist.metrics.rewards import CaptionReward
 from capdist.model_folder import SEARCH_KEYS, TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
@@ -32,12 +34,11 @@ from capdist.training.checkpoints import (
     TrainState,
     check_identity,
     load_checkpoint,
-    newest_checkpoint,
     prune_checkpoints,
     read_state,
     save_checkpoint,
 )
-from capdist.training.evaluation import Evaluator, search_options
+from capdist.training.evaluation import Evaluator
 from capdist.training.launch import on_main
 from capdist.training.optimization import set_learning_rate
 from capdist.training.self_critical import SelfCritical
@@ -139,10 +140,12 @@ class Loop:
         reward = CaptionReward(
             reference_ids(self.data.words, vocabulary), cider_weight=scst.cider_weight, bleu_weight=scst.bleu_weight
         )
-        freely = EvaluationSection(beam_size=1)
-        return SelfCritical(
-            self.unwrapped, reward, scst, search_options(freely, vocabulary, self.recipe.text.max_length)
-        )
+        # No word is forbidden: what is never drawn would count as certain in one half of the gradient only.
+        options = SearchOptions(
+            beam_size=1, max_length=self.recipe.text.max_length,
+            pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
+        )  # fmt: skip
+        return SelfCritical(self.unwrapped, reward, scst, options, vocabulary.mirrored_words)
 
     def _dataset(self) -> CaptionDataset:
         return CaptionDataset(
@@ -156,16 +159,12 @@ class Loop:
             self.data.vocabulary.mirrored_words,
         )
 
-    def restore(self) -> None:
-        """Continue from the newest whole checkpoint of the run, if there is one.
+    def restore(self, path: Path) -> None:
+        """Continue from a whole checkpoint.
 
         Raises:
-            CheckpointError: if none is whole, or it belongs to another run.
+            CheckpointError: if it belongs to another run.
         """
-        path = on_main(self.accelerator, lambda: newest_checkpoint(self.checkpoints, logger.warning))
-        if path is None:
-            logger.info(f"no checkpoint in {self.checkpoints} yet: starting from the beginning")
-            return
         self.state, saved = read_state(path)
         check_identity(path, saved, self.identity, logger.warning)
         load_checkpoint(path, self.unwrapped, self.optimizer, self.average)
@@ -205,6 +204,8 @@ class Loop:
             total=self.total_steps, initial=self.state.step, desc="train", unit="step",
             disable=not self.accelerator.is_main_process,
         ) as progress:  # fmt: skip
+            if self.state.step == 0 and self.recipe.training.start_from is not None:
+                meter.start_s += self._validate(tracking)  # a stage that makes things worse must not be kept
             while self.state.step < self.total_steps and not self._is_stale():
                 index = self.state.step
                 before = time.perf_counter()

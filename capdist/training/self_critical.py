@@ -8,8 +8,7 @@ Shapes: B images, R samples of an image, T words.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -43,20 +42,29 @@ class Sampled(NamedTuple):
 class SelfCritical:
     """Replaces the captions of batches by samples of the model, each weighted by its advantage.
 
-    The gradient of `advantage * -log p(sample)` is REINFORCE's; the rest of a step is that of any other batch.
+    The gradient of `advantage * -log p(sample)` is REINFORCE's as long as the network that learns is the one that drew:
+    no dropout, no statistics of the batch, all words allowed. (Only that a caption of `max_length` words went on, and
+    was cut, is not learned.) The rest of a step is that of any other batch.
 
     Args:
-        model: Unwrapped.
+        model: Unwrapped, in evaluation mode throughout.
         reward: Of captions of the training split. `<eos>` is a word of it, so that a caption cut off in the middle
             (`a man with a`) loses by it.
         section: Of the recipe.
-        options: What may be sampled.
+        options: How long a sample may be, and the ids of `<bos>`, `<eos>` and `<pad>`.
+        mirrored_words: Words that mean their opposite on a mirrored photo; references are of the photo as it is.
     """
 
     def __init__(
-        self, model: CaptionModel, reward: CaptionReward, section: ScstSection, options: SearchOptions
+        self,
+        model: CaptionModel,
+        reward: CaptionReward,
+        section: ScstSection,
+        options: SearchOptions,
+        mirrored_words: Mapping[int, int] | None = None,
     ) -> None:
         self.model, self.reward, self.section, self.options = model, reward, section, options
+        self.mirrored_words = mirrored_words or {}
 
     def __call__(self, batch: CaptionBatch, features: Tensor) -> Sampled:
         """Sample captions.
@@ -67,19 +75,26 @@ class SelfCritical:
         """
         if not batch.num_captions:  # a filler: it has no weight, whatever its caption is
             return Sampled(replace(batch, weights=torch.zeros(len(batch.lengths))), 0.0, 0)
-        num_samples, images = self.section.samples, batch.image_rows.numpy()
-        with _evaluating(self.model):
-            drawn = sample(self.model, features, self.options, num_samples)
-            greedy = greedy_search(self.model, features, self.options) if self.section.baseline == "greedy" else None
-        captions = self._ids(drawn)
-        rewards = self.reward(images.repeat(num_samples), captions).reshape(-1, num_samples)
-        if greedy is None:
+        assert not self.model.training
+        num_samples = self.section.samples
+        captions = self._ids(sample(self.model, features, self.options, num_samples))
+        rewards = self._score(batch, captions, num_samples).reshape(-1, num_samples)
+        if self.section.baseline == "others":
             # The mean of the others of an image: r - (sum - r) / (n - 1).
             advantages = (rewards - rewards.mean(axis=1, keepdims=True)) * (num_samples / (num_samples - 1))
         else:
-            advantages = rewards - self.reward(images, self._ids(greedy))[:, None]
+            greedy = self._ids(greedy_search(self.model, features, self.options))
+            advantages = rewards - self._score(batch, greedy, 1)[:, None]
         made = self._batch(batch, captions, advantages.reshape(-1))
         return Sampled(made, float(rewards.sum()), rewards.size)
+
+    def _score(self, batch: CaptionBatch, captions: NDArray[np.int64], num_rows: int) -> NDArray[np.float64]:
+        """Return rewards (B·R,) of captions (B·R, T), R being `num_rows`."""
+        mirrored = batch.mirrored.numpy().repeat(num_rows)
+        seen = captions.copy()
+        for word, opposite in self.mirrored_words.items():
+            seen[mirrored] = np.where(captions[mirrored] == word, opposite, seen[mirrored])
+        return self.reward(batch.image_rows.numpy().repeat(num_rows), seen)
 
     def _ids(self, found: SearchResult) -> NDArray[np.int64]:
         """Return tokens (B·R, T + 1) with `<eos>` where a caption ended, -1 behind the end."""
@@ -116,12 +131,16 @@ def _with_references(
         return torch.cat([rows.view(num_images, -1, width) for rows in both], dim=1).flatten(0, 1)
 
     references = torch.full((num_images, len(batch.lengths) // num_images), reference_weight)
-    return _rebuilt(
+    both = _rebuilt(
         batch,
         join(input_ids, batch.input_ids, 0),
         join(labels, batch.labels, IGNORED_LABEL),
         torch.cat([weights.view(num_images, -1), references], dim=1).flatten(),
     )
+    # The words of samples are what a step is divided by, so that references add to the gradient of the reward and do
+    # not change it.
+    samples = _rebuilt(batch, input_ids, labels, weights)
+    return replace(both, num_tokens=samples.num_tokens, num_captions=samples.num_captions)
 
 
 def _rebuilt(batch: CaptionBatch, input_ids: Tensor, labels: Tensor, weights: Tensor) -> CaptionBatch:
@@ -137,13 +156,3 @@ def _rebuilt(batch: CaptionBatch, input_ids: Tensor, labels: Tensor, weights: Te
         num_captions=sum(length > 0 for length in lengths),
         weights=weights,
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

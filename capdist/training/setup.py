@@ -14,17 +14,27 @@ from accelerate import Accelerator
 
 from capdist import __version__
 from capdist.config import Recipe
+from capdist.data.captions import seed_of
 from capdist.data.features import weights_digest
 from capdist.data.prepared import PreparedData
 from capdist.errors import CheckpointError, UsageError
-from capdist.model_folder import load_pretrained
-from capdist.models.caption_model import CaptionModel
+from capdist.model_folder import TrainedModel, load_pretrained
+from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.checkpoints import Identity
+from capdist.training.checkpoints import Identity, load_weights
 from capdist.training.launch import on_main
 from capdist.training.tracking import LOG
 
 logger = logging.getLogger(__name__)
+
+
+def find_runs(folders: Sequence[Path], accelerator: Accelerator) -> list[Path]:
+    """Return the folders in which a run already is."""
+
+    def holds_run(folder: Path) -> bool:
+        return (folder / LOG).exists() or any(folder.glob("checkpoints/step_*"))
+
+    return on_main(accelerator, lambda: [folder for folder in folders if holds_run(folder)])
 
 
 def refuse_to_overwrite(folders: Sequence[Path], accelerator: Accelerator) -> None:
@@ -33,12 +43,7 @@ def refuse_to_overwrite(folders: Sequence[Path], accelerator: Accelerator) -> No
     Raises:
         UsageError: saying how to continue them or keep them.
     """
-
-    def holds_run(folder: Path) -> bool:
-        return (folder / LOG).exists() or any(folder.glob("checkpoints/step_*"))
-
-    taken = on_main(accelerator, lambda: [folder for folder in folders if holds_run(folder)])
-    if taken:
+    if taken := find_runs(folders, accelerator):
         how = "continue it with --resume, choose another run.name, or delete the folder"
         raise UsageError(*(f"{folder}: already holds a run; {how}" for folder in taken))
 
@@ -57,26 +62,72 @@ def identify(recipe: Recipe, data: PreparedData, model: CaptionModel, accelerato
     )
 
 
-def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary) -> None:
+def build_network(recipe: Recipe, vocabulary: Vocabulary, checkpoint: Path | None = None) -> CaptionModel:
+    """Make the network of a run with the weights that it starts with.
+
+    Args:
+        recipe: Of the run.
+        vocabulary: Of its training captions.
+        checkpoint: Whole one that the run continues from, whose encoder may have to fill the feature cache.
+
+    Raises:
+        CheckpointError: if a model folder or checkpoint does not fit.
+        UsageError, StorageError: as `build_model`.
+    """
+    folder = recipe.training.start_from
+    torch.manual_seed(seed_of(recipe.run.seed, "weights"))
+    model = build_model(
+        recipe.encoder,
+        recipe.decoder,
+        vocab_size=len(vocabulary),
+        pad_id=vocabulary.pad_id,
+        load_weights=folder is None,
+    )
+    if folder is not None and checkpoint is not None:
+        load_weights(checkpoint, model)
+    elif folder is not None:
+        start_from(folder, model, vocabulary, recipe)
+    return model
+
+
+def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary, recipe: Recipe) -> None:
     """Give a model the weights of a model folder.
 
     Raises:
-        CheckpointError: if the folder is not whole, or its model has other words or other layers.
+        CheckpointError: if the folder is not whole, or its model has other words or other layers; a line for each.
     """
     trained = load_pretrained(folder)
+    mistakes = [
+        f"training.start_from: {folder}: {section}.{key} is {theirs!r} there, here {ours!r}; set it so, or start anew"
+        for section, key, theirs, ours in _other_layers(trained, recipe)
+    ]
     if trained.vocabulary.digest != vocabulary.digest:
-        raise CheckpointError(
+        mistakes.append(
             f"training.start_from: {folder}: knows {len(trained.vocabulary):,} words, the training captions give "
             f"{len(vocabulary):,}, or others; start from a model of the same captions and text.min_frequency"
         )
-    try:
-        model.load_state_dict(trained.model.state_dict())
-    except RuntimeError as error:
-        difference = str(error).splitlines()[-1].strip()[:160]
-        raise CheckpointError(
-            f"training.start_from: {folder}: has another encoder or decoder than this recipe ({difference}); "
-            f"its own are in {folder}/config.json"
-        ) from None
+    if mistakes:
+        raise CheckpointError(*mistakes)
+    if recipe.evaluation.halve_validation and trained.metrics.get("split") == "validation":
+        logger.warning(
+            f"training.start_from: {folder} was chosen on the whole validation split: dev-report tells nothing"
+        )
+    model.load_state_dict(trained.model.state_dict())
+
+
+_OF_LAYERS = {
+    "encoder": ("name", "stage", "grid", "projection"),
+    "decoder": ("name", "embed_size", "hidden_size", "attention_size", "gate", "tie_weights"),
+}
+
+
+def _other_layers(trained: TrainedModel, recipe: Recipe) -> Iterator[tuple[str, str, Any, Any]]:
+    for section, keys in _OF_LAYERS.items():
+        theirs, ours = getattr(trained, section), getattr(recipe, section)
+        heads = ("num_heads",) if getattr(ours, "name", None) == "multi_head" else ()
+        for key in (*keys, *heads):
+            if getattr(theirs, key) != getattr(ours, key):
+                yield section, key, getattr(theirs, key), getattr(ours, key)
 
 
 def describe_start(accelerator: Accelerator, recipe: Recipe, identity: Identity) -> dict[str, Any]:
@@ -114,7 +165,7 @@ def show_start(accelerator: Accelerator, recipe: Recipe, data: PreparedData, mod
 def _idle_settings(recipe: Recipe, data: PreparedData, model: CaptionModel) -> Iterator[str]:
     """Yield settings that will do nothing, or not what they seem to."""
     encoder, training = recipe.encoder, recipe.training
-    if model.encoder.is_frozen and encoder.weights == "none":
+    if model.encoder.is_frozen and encoder.weights == "none" and training.start_from is None:
         yield "encoder.weights=none with a frozen encoder: its features are random; encoder.trainable_from trains it"
     if model.encoder.is_frozen and encoder.batch_norm == "train":
         yield "encoder.batch_norm=train does nothing: the encoder is frozen"

@@ -87,7 +87,11 @@ class TrainStep:
         Raises:
             NumericsError: if the gradient is not finite; the weights are as they were.
         """
-        window, reward_sum, num_samples = self._sampled(step, window)
+        photos: list[dict[str, Tensor] | None] = [None] * len(window)
+        reward_sum, num_samples = 0.0, 0
+        if self.self_critical is not None:
+            photos = [self._photos(batch) for batch in window]
+            window, reward_sum, num_samples = self._sampled(step, window, photos)
         num_tokens, num_captions = sum(b.num_tokens for b in window), sum(b.num_captions for b in window)
         counts = torch.tensor(
             [num_tokens, num_captions, int(stop_requested), num_samples, reward_sum],
@@ -97,26 +101,28 @@ class TrainStep:
         *numbers, reward_sum = self.accelerator.reduce(counts, "sum").tolist()
         num_tokens, num_captions, stop, num_samples = map(int, numbers)
         loss_sum = torch.zeros((), device=self.accelerator.device)
-        for micro, batch in enumerate(window):
+        for micro, (batch, of_batch) in enumerate(zip(window, photos, strict=True)):
             last = micro == len(window) - 1
             torch.manual_seed(seed_of(self.recipe.run.seed, "dropout", step, micro, self.accelerator.process_index))
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(batch)
+                loss = self._loss(batch, of_batch)
                 # DDP averages the gradients of the processes; this makes it their sum.
                 self.accelerator.backward(loss * (self.accelerator.num_processes / max(1, num_tokens)))
             loss_sum += loss.detach()
         self._update(step)
         return StepReport(loss_sum, num_tokens, num_captions, reward_sum, num_samples, stop > 0)
 
-    def _sampled(self, step: int, window: Sequence[CaptionBatch]) -> tuple[Sequence[CaptionBatch], float, int]:
-        """Return the batches to learn from, and the sum and number of the rewards of samples among them."""
-        if self.self_critical is None:
-            return window, 0.0, 0
+    def _sampled(
+        self, step: int, window: Sequence[CaptionBatch], photos: Sequence[Any]
+    ) -> tuple[Sequence[CaptionBatch], float, int]:
+        """Return batches of samples in place of captions, and the sum and number of their rewards."""
+        assert self.self_critical is not None
         made = []
-        for micro, batch in enumerate(window):
+        for micro, (batch, of_batch) in enumerate(zip(window, photos, strict=True)):
             torch.manual_seed(seed_of(self.recipe.run.seed, "samples", step, micro, self.accelerator.process_index))
             with self.accelerator.autocast():
-                made.append(self.self_critical(batch, self._encoded(batch)))
+                features = of_batch["features"] if "features" in of_batch else self._encoded(of_batch["pixel_values"])
+                made.append(self.self_critical(batch, features))
         return [s.batch for s in made], sum(s.reward_sum for s in made), sum(s.num_samples for s in made)
 
     def warm_up(self, batch: CaptionBatch) -> None:
@@ -132,20 +138,19 @@ class TrainStep:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
 
-    def _loss(self, batch: CaptionBatch) -> Tensor:
+    def _loss(self, batch: CaptionBatch, photos: dict[str, Tensor] | None = None) -> Tensor:
         training = self.recipe.training
-        inputs = self._inputs(batch)
-        # A sample is learned for its reward; probability spread over all words has none.
-        smoothing = training.label_smoothing if batch.weights is None else 0.0
-        cross_entropy, doubly_stochastic = self.model(label_smoothing=smoothing, **inputs)
+        inputs = self._inputs(batch) | (self._photos(batch) if photos is None else photos)
+        if self.self_critical is not None:  # a sample is learned for its reward, and nothing else is
+            return self.model(**inputs).cross_entropy
+        cross_entropy, doubly_stochastic = self.model(label_smoothing=training.label_smoothing, **inputs)
         loss: Tensor = cross_entropy + training.doubly_stochastic * doubly_stochastic
         return loss
 
     def _inputs(self, batch: CaptionBatch) -> dict[str, Any]:
-        photos = self._photos(batch)
         batch = replace(batch, images=None).to(self.accelerator.device)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels, "lengths": batch.lengths}
-        return inputs | photos | ({} if batch.weights is None else {"weights": batch.weights})
+        return inputs | ({} if batch.weights is None else {"weights": batch.weights})
 
     def _photos(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Return `features`, or `pixel_values` when the encoder runs in the step, on the device."""
@@ -156,10 +161,9 @@ class TrainStep:
         return {"pixel_values": self.preprocessing.normalize(batch.images.to(device, non_blocking=True))}
 
     @torch.no_grad()
-    def _encoded(self, batch: CaptionBatch) -> Tensor:
+    def _encoded(self, pixel_values: Tensor) -> Tensor:
         assert self.self_critical is not None
-        photos = self._photos(batch)
-        return photos["features"] if "features" in photos else self.self_critical.model.encode(photos["pixel_values"])
+        return self.self_critical.model.encode(pixel_values)
 
     def _update(self, step: int) -> None:
         limit = self.recipe.training.clip_norm

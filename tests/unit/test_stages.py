@@ -64,6 +64,28 @@ def test_overrides_hold_in_all_stages(tmp_path: Path) -> None:
     assert stages[1].training.start_from == "there/photos-words/model"
 
 
+def test_an_override_may_be_for_one_stage(tmp_path: Path) -> None:
+    path = _write(tmp_path, RECIPE)
+    stages = load_stages(path, ["training.epochs=1", "stages.look.training.epochs=5", "stages.reward.scst.samples=7"])
+    assert [s.training.epochs for s in stages] == [1, 5, 1]
+    assert [s.scst.samples for s in stages] == [5, 5, 7]
+    with pytest.raises(UsageError, match=r"command line: stages\.rewad: no such stage; did you mean 'reward'"):
+        load_stages(path, ["stages.rewad.scst.samples=7"])
+
+
+def test_only_the_first_stage_says_what_it_starts_from(tmp_path: Path) -> None:
+    text = "stages:\n  a:\n    training: {start_from: old}\n  b:\n    training: {start_from: other}\n"
+    (mistake,) = _mistakes(tmp_path, text)
+    assert mistake.startswith(f"{tmp_path}/recipe.yaml:5: training.start_from: a stage starts from the one before")
+
+
+def test_a_run_does_not_start_from_its_own_folder(tmp_path: Path) -> None:
+    text = "run: {name: a, output_dir: runs}\ntraining: {start_from: ./runs/a/model}\n"
+    (mistake,) = _mistakes(tmp_path, text)
+    assert mistake.startswith(f"{tmp_path}/recipe.yaml:2: training.start_from: ./runs/a/model is in the folder of this")
+    load_stages(_write(tmp_path, text.replace("a/model", "a-words/model")))
+
+
 def test_a_recipe_without_stages_is_one_stage_and_programs_that_do_not_train_see_the_first(tmp_path: Path) -> None:
     (stage,) = load_stages(_write(tmp_path, "run: {name: one}"))
     assert (stage.run.name, stage.training.start_from) == ("one", None)
@@ -94,6 +116,7 @@ def test_mistakes_in_stages_say_where_and_a_mistake_of_all_stages_is_told_once(t
         ("encoder: {name: resnet18}", "encoder.name"),
         ("data: {path: elsewhere}", "data.path"),
         ("training: {mixed_precision: bf16}", "training.mixed_precision"),
+        ("evaluation: {halve_validation: true}", "evaluation.halve_validation"),
     ],
 )
 @pytest.mark.parametrize("stage", ["words", "reward"])
@@ -114,7 +137,9 @@ def test_stages_are_named(tmp_path: Path, stages: str) -> None:
     assert mistake.startswith(f"{tmp_path}/recipe.yaml:1: stages: names stages")
 
 
-@pytest.mark.parametrize("stage", ["words: 3", "words: [a]", "words: {training: 3}", "'../x': {}", "3: {}"])
+@pytest.mark.parametrize(
+    "stage", ["words: 3", "words: [a]", "words: {training: 3}", "words: {training: [a]}", "'../x': {}", "3: {}"]
+)
 def test_a_stage_is_a_name_and_sections(tmp_path: Path, stage: str) -> None:
     (mistake,) = _mistakes(tmp_path, f"stages:\n  {stage}\n")
     assert mistake.startswith(f"{tmp_path}/recipe.yaml:2: stages.")

@@ -180,7 +180,7 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_the_counts() -> None:
     batch = _collate(1, _sample(0, [A, EOS], pixels=torch.zeros(3, 2, 2, dtype=torch.uint8)))
     moved = batch.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == 7
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.num_tokens, moved.num_captions) == (2, 1)
 
@@ -364,16 +364,19 @@ def test_captions_of_mirrored_photos_swap_left_and_right() -> None:
             assert [c.tolist() for c in sample.captions] == (swapped if is_mirrored else expected)
             seen.add(is_mirrored)
             view = _get(cached, key).feature_row % 2
-            assert _swapped_captions(cached, key) == (swapped if view == 1 else expected)
+            assert _swapped_captions(cached, key) == (swapped if (image + view) % 2 else expected)
+            assert _get(cached, key).is_mirrored == bool((image + view) % 2)
+            assert sample.is_mirrored == is_mirrored
     assert seen == {True, False}
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_every_second_cached_view_is_mirrored(count: int) -> None:
     views = Views(Augmentation(SIZE, random_crop=0.3, horizontal_flip=True, color_jitter=0.0), count, 1)
-    for image in range(5):
-        mirrored = [views.augmentation.mirrors(views.seed_of_view(image, view)) for view in range(count)]
-        assert mirrored == [view % 2 == 1 for view in range(count)]
+    mirrored = [[views.augmentation.mirrors(views.seed_of_view(i, view)) for view in range(count)] for i in range(6)]
+    assert sum(map(sum, mirrored)) == 3 * count
+    for of_image in mirrored:
+        assert abs(2 * sum(of_image) - count) <= 1
 
 
 def test_without_views_the_feature_row_is_that_of_the_split() -> None:

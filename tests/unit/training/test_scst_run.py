@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from capdist.inference import report
-from capdist.recipe_file import load_recipe
+from capdist.recipe_file import load_stages
 from capdist.train import train
 from tests.conftest import draw_photos, reset_accelerate
 from tests.processes import SMALL
@@ -24,19 +26,63 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     photos = draw_photos(tmp_path / "photos", {"train": 6, "validation": 2})
     frozen = ("encoder.trainable_from=null", "encoder.batch_norm=frozen", "training.warmup_steps=0")
 
-    def train_run(name: str, *more: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    def train_run(
+        name: str, *more: str, recipe: str | Path = "configs/scenes.yaml", resume: bool = False
+    ) -> tuple[Path, dict[str, torch.Tensor]]:
         reset_accelerate()
         places = (f"data.path={photos}", f"run.output_dir={tmp_path}", f"run.name={name}")
-        result = train([load_recipe("configs/scenes.yaml", [*SMALL, *frozen, *places, *more])])
+        result = train(load_stages(recipe, [*SMALL, *frozen, *places, *more]), resume=resume)
         checkpoint = result.folder / "checkpoints" / f"step_{result.steps:08d}"
         return result.folder, load_file(checkpoint / "model.safetensors")
 
     return train_run
 
 
+SCST = ("training.stage=scst", "training.max_steps=2")
+
+
+def test_a_run_that_trains_its_encoder_averages_and_goes_on(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Weights that lie channels last, pixels instead of features, and a start folder that is gone."""
+    start, _ = run("start", "training.max_steps=1")
+    gone = start.rename(tmp_path / "elsewhere")
+    more = ("encoder.trainable_from=layer1", "training.ema_decay=0.5", f"training.start_from={gone / 'model'}", *SCST)
+    folder, _ = run("pixels", *more)
+    shutil.rmtree(gone)
+    _, longer = run("pixels", *more, "training.max_steps=3", resume=True)
+    averages = [load_file(folder / "checkpoints" / f"step_{step:08d}" / "average.safetensors") for step in (2, 3)]
+    name = "encoder.network.layer1.0.conv1.weight"
+    assert not torch.equal(averages[0][name], averages[1][name])
+    # After step 3 the average keeps min(0.5, 4 / 13) of what it was.
+    expected = averages[0][name] * 4 / 13 + longer[name] * 9 / 13
+    torch.testing.assert_close(averages[1][name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_start_that_is_never_surpassed_stays_the_best(run) -> None:  # type: ignore[no-untyped-def]
+    start, _ = run("start", "evaluation.select_by=bleu_1", "evaluation.every_epochs=9")
+    more = ("training.learning_rate=10.0", "evaluation.select_by=bleu_1")
+    folder, _ = run("worse", *SCST, f"training.start_from={start / 'model'}", *more)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    scores = [(line["step"], line["bleu_1"]) for line in lines if "bleu_1" in line]
+    assert [step for step, _ in scores] == [0, 2]
+    assert scores[0][1] > scores[1][1]
+    kept, began = (load_file(f / "model" / "model.safetensors") for f in (folder, start))
+    assert all(torch.equal(tensor, began[name]) for name, tensor in kept.items())
+
+
+def test_a_finished_stage_is_left_alone(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages:\n  a:\n  b:\n    training: {stage: scst}\n")
+    run("run", "training.max_steps=1", recipe=recipe)
+    shutil.rmtree(tmp_path / "run-a" / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run-a").rglob("*")}
+    _, longer = run("run", "training.max_steps=2", recipe=recipe, resume=True)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run-a").rglob("*")} == before
+    assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
+
+
 def test_samples_are_learned_by_the_network_that_drew_them(run) -> None:  # type: ignore[no-untyped-def]
     start, _ = run("start", "training.max_steps=1")
-    scst = ("training.stage=scst", "training.max_steps=2", f"training.start_from={start / 'model'}")
+    scst = (*SCST, f"training.start_from={start / 'model'}")
     _, plain = run("plain", *scst, "decoder.dropout=0.0")
     _, dropped = run("dropped", *scst, "decoder.dropout=0.5", "decoder.state_dropout=0.5")
     _, other = run("other", *scst, "decoder.dropout=0.0", "scst.samples=4")

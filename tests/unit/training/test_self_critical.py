@@ -26,6 +26,7 @@ from capdist.models.encoder import Backbone, Encoder
 from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
 from capdist.training.self_critical import SelfCritical
 from capdist.training.step import TrainStep
+from tests.conftest import reset_accelerate
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -73,7 +74,7 @@ def _batch(images: tuple[int, ...] = (2, 0, 1), *, filler: bool = False) -> Capt
 
 def _sampled(seed: int = 0, model: CaptionModel | None = None, **section: Any) -> tuple[CaptionBatch, float, int]:
     batch = _batch()
-    critic = SelfCritical(model or _model(), _reward(), ScstSection(**section), OPTIONS)
+    critic = SelfCritical((model or _model()).eval(), _reward(), ScstSection(**section), OPTIONS)
     torch.manual_seed(seed)
     return critic(batch, _store().features(batch.feature_rows))
 
@@ -103,17 +104,24 @@ def test_samples_are_whole_captions_of_the_images() -> None:
     assert reward_sum == pytest.approx(sum(_score((2, 0, 1)[row // 4], c) for row, c in enumerate(captions)))
 
 
-def test_the_seed_decides_and_dropout_does_not() -> None:
+def test_the_seed_decides() -> None:
     first, again, other = (_captions(_sampled(seed, _model(0.5))[0]) for seed in (3, 3, 4))
     assert first == again != other
-    assert first == _captions(_sampled(3, _model(0.0))[0])
 
 
-def test_the_mode_of_the_model_stays() -> None:
-    for mode in (True, False):
-        model = _model(0.5).train(mode)
-        _sampled(model=model)
-        assert model.training is mode
+def test_samples_of_mirrored_photos_are_scored_as_what_they_mean() -> None:
+    """Here dog and cat are each other's mirror image."""
+    dog, cat = VOCABULARY.encode(["dog", "cat"])
+    batch = replace(_batch(), mirrored=torch.tensor([True, False, True]))
+    critic = SelfCritical(_model().eval(), _reward(), ScstSection(samples=6), OPTIONS, {dog: cat, cat: dog})
+    torch.manual_seed(1)
+    made, reward_sum, _ = critic(batch, _store().features(batch.feature_rows))
+    captions, swap = _captions(made), {dog: cat, cat: dog}
+    assert any({dog, cat} & set(caption) for caption in (*captions[:6], *captions[12:]))
+    meant = [c if 6 <= row < 12 else [swap.get(w, w) for w in c] for row, c in enumerate(captions)]
+    assert reward_sum == pytest.approx(sum(_score((2, 0, 1)[row // 6], c) for row, c in enumerate(meant)))
+    as_said = sum(_score((2, 0, 1)[row // 6], c) for row, c in enumerate(captions))
+    assert reward_sum != pytest.approx(as_said)
 
 
 def test_a_sample_is_compared_with_the_others_of_its_image() -> None:
@@ -154,10 +162,16 @@ def test_references_may_be_learned_along() -> None:
 
 def test_a_filler_has_no_weight() -> None:
     batch = _batch((1,), filler=True)
-    made, reward_sum, num_samples = SelfCritical(_model(), _reward(), ScstSection(), OPTIONS)(
+    made, reward_sum, num_samples = SelfCritical(_model().eval(), _reward(), ScstSection(), OPTIONS)(
         batch, _store().features(batch.feature_rows)
     )
     assert (reward_sum, num_samples, made.num_tokens, made.num_captions) == (0.0, 0, 0, 0)
+    assert set(made.lengths) == {0}
+    model = _model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = _step(model)(0, [batch])
+    assert (report.num_tokens, report.num_samples) == (0, 0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_word_outside_the_vocabulary_is_like_no_other_word() -> None:
@@ -173,7 +187,7 @@ def test_a_word_outside_the_vocabulary_is_like_no_other_word() -> None:
 def _step(model: CaptionModel, kind: type = torch.optim.SGD, lr: float = 1.0, **section: Any) -> TrainStep:
     accelerator = Accelerator(cpu=True)
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=lr)
-    prepared, wrapped = accelerator.prepare(model.train(), optimizer)
+    prepared, wrapped = accelerator.prepare(model.eval(), optimizer)
     recipe = Recipe(training={"stage": "scst", "clip_norm": None}, scst=section)
     critic = SelfCritical(model, _reward(), recipe.scst, OPTIONS)
     return TrainStep(accelerator, prepared, wrapped, recipe, PREPROCESSING, _store(), critic)
@@ -194,11 +208,10 @@ def test_the_gradient_is_that_of_reinforce() -> None:
         return made
 
     step.self_critical = watched  # type: ignore[assignment]
-    watched.model = model  # type: ignore[attr-defined]
     report = step(0, [_batch()])
     change = {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
-    naive = _model().train()
+    naive = _model()
     (batch,) = sampled
     assert batch.weights is not None
     total = torch.zeros((), dtype=torch.float64)
@@ -215,6 +228,20 @@ def test_the_gradient_is_that_of_reinforce() -> None:
         if parameter.requires_grad and parameter.grad is not None:
             torch.testing.assert_close(change[name], parameter.grad, rtol=0, atol=1e-9)
     assert max(tensor.abs().max().item() for tensor in change.values()) > 1e-4
+
+
+def test_references_add_to_the_gradient_of_the_reward() -> None:
+    def change(weight: float) -> dict[str, Tensor]:
+        reset_accelerate()
+        model = _model()
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        _step(model, samples=3, cross_entropy_weight=weight)(0, [_batch()])
+        return {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    none, some, much = change(0.0), change(0.5), change(1.0)
+    for name, gradient in none.items():
+        torch.testing.assert_close(much[name] - gradient, 2 * (some[name] - gradient), rtol=0, atol=1e-9)
+    assert max((some[name] - gradient).abs().max().item() for name, gradient in none.items()) > 1e-4
 
 
 def test_steps_raise_the_reward() -> None:
@@ -235,4 +262,3 @@ def test_other_batches_have_no_reward() -> None:
     step.self_critical = None
     report = step(0, [_batch()])
     assert (report.reward_sum, report.num_samples) == (0.0, 0)
-    assert replace(_batch()).weights is None

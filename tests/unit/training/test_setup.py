@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from capdist.config import DecoderSection, EncoderSection
+from capdist.config import DecoderSection, EncoderSection, Recipe
 from capdist.data.images import Preprocessing
 from capdist.errors import CheckpointError
 from capdist.model_folder import TrainedModel, save_pretrained
@@ -27,6 +27,10 @@ def _model(seed: int, encoder: dict[str, object] | None = None, **decoder: objec
     )
 
 
+def _recipe(encoder: dict[str, object], **decoder: object) -> Recipe:
+    return Recipe(encoder=ENCODER | encoder, decoder=DECODER | decoder)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     search = {"beam_size": 3, "length_penalty": 0.0, "no_repeat_ngram": 0, "min_length": 0}
@@ -41,7 +45,7 @@ def test_all_weights_arrive(folder: Path, trainable_from: str | None) -> None:
     model = _model(1, {"trainable_from": trainable_from}, dropout=0.1)
     expected = _model(0).state_dict()
     assert not all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    start_from(str(folder), model, WORDS)
+    start_from(str(folder), model, WORDS, _recipe({"trainable_from": trainable_from}, dropout=0.1))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
@@ -49,16 +53,17 @@ def test_all_weights_arrive(folder: Path, trainable_from: str | None) -> None:
     ("encoder", "decoder", "words", "found"),
     [
         ({}, {}, ["dog", "cow"], "words"),
-        ({}, {"hidden_size": 16}, ["dog", "cat"], "another encoder or decoder"),
-        ({"stage": "layer2"}, {}, ["dog", "cat"], "another encoder or decoder"),
-        ({"projection": 4}, {}, ["dog", "cat"], "another encoder or decoder"),
+        ({}, {"hidden_size": 16}, ["dog", "cat"], "decoder.hidden_size is 8 there, here 16"),
+        ({"stage": "layer2"}, {}, ["dog", "cat"], "encoder.stage is 'layer1' there, here 'layer2'"),
+        ({"grid": 14}, {}, ["dog", "cat"], "encoder.grid is None there, here 14"),
+        ({}, {"gate": False}, ["dog", "cat"], "decoder.gate is True there, here False"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(
     folder: Path, encoder: dict[str, object], decoder: dict[str, object], words: list[str], found: str
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
-        start_from(str(folder), _model(1, encoder, **decoder), Vocabulary(words))
+        start_from(str(folder), _model(1, encoder, **decoder), Vocabulary(words), _recipe(encoder, **decoder))
     (mistake,) = caught.value.mistakes
     assert mistake.startswith(f"training.start_from: {folder}: ")
     assert found in mistake
