@@ -107,7 +107,8 @@ def read_source(data: DataSection) -> LoadedData:
 def get_split(loaded: LoadedData, name: str) -> Split:
     """Return a split; `dev` and `val` are names of `validation`, `dev-choose` and `dev-report` of its halves.
 
-    A half is made of every second image in the order of the SHA-256 of their ids, so that it is the same everywhere.
+    A half is made of every second image in the order of the SHA-256 of their ids, so that it is the same everywhere;
+    with `data.limit`, of the images that are left.
 
     Raises:
         DataError: if the source has no such split.

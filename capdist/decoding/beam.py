@@ -11,16 +11,13 @@ import torch
 from torch import Tensor
 
 from capdist.decoding.constraints import IMPOSSIBLE, allowed_log_probabilities
-from capdist.decoding.greedy import best_continuations
+from capdist.decoding.greedy import best_continuations, is_time_to_look
 from capdist.decoding.hypotheses import Hypotheses, SearchResult, best_first, gather_rows
 from capdist.decoding.options import SearchOptions
 from capdist.decoding.protocol import Decoder, State
 
 _WORTH_LEAVING = 0.75
 """Decided images are taken out of the batch once no more than this share of its images is left."""
-
-_STEPS_BETWEEN_LOOKS = {"cpu": 1}
-"""How often the host asks which images are decided: a processor knows, an accelerator would have to be waited for."""
 
 
 class _Continuations(NamedTuple):
@@ -79,7 +76,7 @@ def beam_search(
         live, parents, tokens, stuck = _grow(live, best, attention, position, options)
         searching = searching & ~stuck & ~_is_decided(pool, live, options)
         state = decoder.reorder(state, parents)
-        if (position + 1) % _STEPS_BETWEEN_LOOKS.get(features.device.type, 4):
+        if not is_time_to_look(position, features.device):
             continue
         going = searching[:, 0].nonzero()[:, 0]  # the host waits for the device
         if not len(going):

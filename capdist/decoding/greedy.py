@@ -19,6 +19,10 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 """From log p of the next token (B, R, V) and the totals so far (B, R) to the next token (B, R)."""
 
 
+STEPS_BETWEEN_LOOKS = {"cpu": 1}
+"""How often the host asks what is decided: a processor knows, an accelerator would have to be waited for."""
+
+
 @torch.no_grad()
 def greedy_search(
     decoder: Decoder[State], features: Tensor, options: SearchOptions, return_attention: bool = False
@@ -79,9 +83,14 @@ def follow(
         live.ended |= ending
         if position < options.max_length:
             live.append(going, tokens, attention, position)
-        if not going.any():
+        if is_time_to_look(position, features.device) and not going.any():
             break
     return live.result(rows, options)
+
+
+def is_time_to_look(position: int, device: torch.device) -> bool:
+    """Return whether the host asks after this step what is decided."""
+    return (position + 1) % STEPS_BETWEEN_LOOKS.get(device.type, 4) == 0
 
 
 def best_continuations(totals: Tensor, log_p: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

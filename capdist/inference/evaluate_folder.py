@@ -11,9 +11,9 @@ from typing import Any
 
 from capdist import __version__
 from capdist.config import DataSection
-from capdist.data.prepared import Split, get_split, read_source
+from capdist.data.prepared import CHOOSE, REPORT, SPLIT_ALIASES, Split, get_split, read_source
 from capdist.decoding import SearchOptions
-from capdist.errors import DataError
+from capdist.errors import DataError, UsageError
 from capdist.inference.captioner import Captioner
 from capdist.inference.report import print_scores
 from capdist.metrics import TOKENISER
@@ -60,6 +60,10 @@ def evaluate_folder(
     """
     section = {"source": source, "path": path, "limit": limit, "num_workers": num_workers}
     data = recipe_from_dict({"data": section}, "command line", overrides).data
+    if data.limit is not None and SPLIT_ALIASES.get(split, split) in (CHOOSE, REPORT):
+        raise UsageError(
+            f"--limit: {split} is half of all validation images, not of the first {data.limit}; leave it out"
+        )
     if output is not None and not output.absolute().parent.is_dir():
         raise DataError(f"--output: {output.absolute().parent}: no such folder")
     accelerator = build_accelerator()

@@ -24,7 +24,7 @@ from toy_decoder import (
 )
 
 from capdist.decoding import SearchResult, beam_search, greedy_search, search
-from capdist.decoding.beam import _STEPS_BETWEEN_LOOKS
+from capdist.decoding.greedy import STEPS_BETWEEN_LOOKS
 from capdist.errors import NumericsError, UsageError
 
 ALL = 500  # more beams than there are continuations at any step
@@ -101,7 +101,7 @@ def test_an_image_does_not_depend_on_its_neighbours() -> None:
 def test_decided_images_leave_the_batch_and_come_back_in_their_place(
     steps_between_looks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(_STEPS_BETWEEN_LOOKS, "cpu", steps_between_looks)
+    monkeypatch.setitem(STEPS_BETWEEN_LOOKS, "cpu", steps_between_looks)
     decoder, features, options = ToyDecoder(seed=1), make_features(24), make_options(beam_size=3, max_length=9)
     sizes = []
     step = decoder.step
