@@ -140,7 +140,6 @@ class Loop:
         reward = CaptionReward(
             reference_ids(self.data.words, vocabulary), cider_weight=scst.cider_weight, bleu_weight=scst.bleu_weight
         )
-        # No word is forbidden: what is never drawn would count as certain in one half of the gradient only.
         options = SearchOptions(
             beam_size=1, max_length=self.recipe.text.max_length,
             pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,

@@ -63,6 +63,9 @@ class SelfCritical:
         options: SearchOptions,
         mirrored_words: Mapping[int, int] | None = None,
     ) -> None:
+        # A word that is never drawn is never unlearned: with <unk> forbidden its probability grew from 2 to 20 % in an
+        # epoch on Flickr8k, and after another one sentences fell apart.
+        assert not options.suppressed_ids
         self.model, self.reward, self.section, self.options = model, reward, section, options
         self.mirrored_words = mirrored_words or {}
 
