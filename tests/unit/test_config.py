@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from capdist.config import Recipe, recipe_keys
 from capdist.errors import UsageError
-from capdist.recipe_file import load_recipe, recipe_from_dict, save_recipe
+from capdist.recipe_file import load_recipe, load_stages, recipe_from_dict, save_recipe
 
 ROOT = Path(__file__).parents[2]
 KEYS = sorted(recipe_keys())
@@ -611,7 +611,7 @@ def test_there_are_shipped_recipes() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_say_their_command(path: Path) -> None:
-    recipe = load_recipe(path)
+    recipe = load_stages(path)[-1]
     assert recipe.run.name == path.stem, "two shipped recipes must not share a run folder"
     lines = path.read_text(encoding="utf-8").splitlines()
     header = lines[: next(i for i, line in enumerate(lines) if line[:1] != "#")]
@@ -621,4 +621,4 @@ def test_shipped_recipes_load_and_say_their_command(path: Path) -> None:
     )
     assert command, text
     overrides = re.findall(r"\b[a-z]+\.[a-z_]+=\S+", command[1].split("configs/", 1)[1].split(" # ")[0])
-    load_recipe(path, overrides)
+    load_stages(path, overrides)
