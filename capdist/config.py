@@ -198,6 +198,9 @@ class ScstSection(Section):
     baseline: Literal["others", "greedy"] = "others"
     """What a reward is compared with: the mean of the other samples of the image (Luo 2020), or the reward of its
     greedy caption (Rennie et al. 2017)."""
+    temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The vocabulary head is divided by it before the first step, so that below 1 the model draws more of what it
+    finds probable. After label smoothing and dropout it draws a wrong word in every other caption otherwise."""
     cider_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of CIDEr-D, 0…10, in the reward; document frequencies are those of the training split."""
     bleu_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -311,6 +314,8 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
     start_from, folder = recipe.training.start_from, os.path.abspath(recipe.run_folder)
     if start_from is not None and Path(os.path.abspath(start_from)).is_relative_to(folder):
         yield f"training.start_from: {start_from} is in the folder of this run, which writes there; change run.name"
+    if scst.temperature != 1 and decoder.tie_weights:
+        yield "scst.temperature: changes the head, which decoder.tie_weights shares with the word vectors; set it to 1"
     if scst.cider_weight == scst.bleu_weight == 0:
         yield "scst.cider_weight: nothing is rewarded; set it or scst.bleu_weight"
     if data.source != "scenes" and data.path is None:

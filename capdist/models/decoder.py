@@ -83,6 +83,12 @@ class Decoder(nn.Module, ABC):
         if tie_weights:
             self.head.weight = self.embedding.weight
 
+    @torch.no_grad()
+    def sharpen(self, temperature: float) -> None:
+        """Divide the logits by a temperature, once and for all."""
+        self.head.weight.div_(temperature)
+        self.head.bias.div_(temperature)
+
     @abstractmethod
     def _first_state(self, features: Tensor) -> Tensors:
         """Return `DecoderState.recurrent` before the first word, (B, H) each, for features (B, N, C)."""

@@ -87,6 +87,8 @@ def build_network(recipe: Recipe, vocabulary: Vocabulary, checkpoint: Path | Non
         load_weights(checkpoint, model)
     elif folder is not None:
         start_from(folder, model, vocabulary, recipe)
+    if checkpoint is None and recipe.training.stage == "scst":
+        model.decoder.sharpen(recipe.scst.temperature)
     return model
 
 

@@ -57,6 +57,22 @@ def test_a_run_that_trains_its_encoder_averages_and_goes_on(run, tmp_path: Path)
     torch.testing.assert_close(averages[1][name], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_the_temperature_divides_the_logits_of_the_start_once(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    start, weights = run("start", "training.max_steps=1")
+    still = (
+        *SCST,
+        f"training.start_from={start / 'model'}",
+        "training.learning_rate=1e-9",
+        "training.weight_decay=0.0",
+    )
+    _, sharpened = run("sharp", *still, "scst.temperature=0.5")
+    _, resumed = run("sharp", *still, "scst.temperature=0.5", "training.max_steps=3", resume=True)
+    for name, tensor in weights.items():
+        expected = tensor / 0.5 if name.startswith("decoder.head.") else tensor
+        for found in (sharpened, resumed):
+            torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-6)
+
+
 def test_a_start_that_is_never_surpassed_stays_the_best(run) -> None:  # type: ignore[no-untyped-def]
     start, _ = run("start", "evaluation.select_by=bleu_1", "evaluation.every_epochs=9")
     more = ("training.learning_rate=10.0", "evaluation.select_by=bleu_1")
