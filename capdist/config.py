@@ -200,7 +200,8 @@ class ScstSection(Section):
     greedy caption (Rennie et al. 2017)."""
     temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The vocabulary head is divided by it before the first step, so that below 1 the model draws more of what it
-    finds probable. After label smoothing and dropout it draws a wrong word in every other caption otherwise."""
+    finds probable. What label smoothing and dropout have taught is flat: undivided, its samples are far worse than its
+    greedy captions, and learning from them makes captions short and safe instead of good."""
     cider_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of CIDEr-D, 0…10, in the reward; document frequencies are those of the training split."""
     bleu_weight: Annotated[float, Field(ge=0)] = 0.0
