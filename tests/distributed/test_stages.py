@@ -62,7 +62,7 @@ def straight(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     assert _train(photos, folder, fault="term:5") != 0
-    assert [path.name for path in (folder / "run" / "checkpoints").iterdir()] == ["step_00000005"]
+    assert sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())[-1] == "step_00000005"
     return folder
 
 

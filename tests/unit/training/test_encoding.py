@@ -416,17 +416,17 @@ def test_training_on_views_stops_and_goes_on_to_the_same_bits(
 def test_epochs_of_a_run_see_all_views(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches the model is the view that `Views` says."""
     seen: list[list[int]] = []
-    inputs: Callable[..., Any] = TrainStep._inputs
+    photos: Callable[..., Any] = TrainStep._photos
 
     def watch(self: TrainStep, batch: Any) -> Any:
-        result = inputs(self, batch)
+        result = photos(self, batch)
         assert self.features is not None
         assert torch.equal(result["features"], self.features.features(batch.feature_rows))
         assert "pixel_values" not in result
         seen.append(batch.feature_rows.tolist())
         return result
 
-    monkeypatch.setattr(TrainStep, "_inputs", watch)
+    monkeypatch.setattr(TrainStep, "_photos", watch)
     recipe = _recipe(arguments, *VIEWS, "training.epochs=3", "training.warmup_steps=0", "data.batch_size=10")
     _train(recipe)
     views = build_views(recipe)
