@@ -98,7 +98,10 @@ def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary, recipe:
     Raises:
         CheckpointError: if the folder is not whole, or its model has other words or other layers; a line for each.
     """
-    trained = load_pretrained(folder)
+    try:
+        trained = load_pretrained(folder)
+    except CheckpointError as error:
+        raise CheckpointError(*(f"training.start_from: {mistake}" for mistake in error.mistakes)) from None
     mistakes = [
         f"training.start_from: {folder}: {section}.{key} is {theirs!r} there, here {ours!r}; set it so, or start anew"
         for section, key, theirs, ours in _other_layers(trained, recipe)

@@ -73,6 +73,11 @@ def test_an_override_may_be_for_one_stage(tmp_path: Path) -> None:
         load_stages(path, ["stages.rewad.scst.samples=7"])
 
 
+def test_an_override_for_one_stage_cannot_change_what_a_model_is_made_of(tmp_path: Path) -> None:
+    (mistake,) = _mistakes(tmp_path, RECIPE, "stages.look.run.seed=3")
+    assert mistake == "command line: run.seed: must be the same in all stages; set it outside them"
+
+
 def test_only_the_first_stage_says_what_it_starts_from(tmp_path: Path) -> None:
     text = "stages:\n  a:\n    training: {start_from: old}\n  b:\n    training: {start_from: other}\n"
     (mistake,) = _mistakes(tmp_path, text)
