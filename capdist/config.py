@@ -221,6 +221,9 @@ class EvaluationSection(Section):
     """Exponent of the length by which a caption's log-probability is divided."""
     no_repeat_ngram: NotNegative = 0
     """No caption says the same n words twice; 0 = off."""
+    consensus: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Say the candidate that agrees most with all candidates, each trusted by its probability ** (1 / consensus);
+    null = the most probable one. Wants more beams: 10."""
     min_length: NotNegative = 0
     """Fewest words in a caption."""
     batch_size: Positive = 64

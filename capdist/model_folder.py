@@ -24,7 +24,7 @@ from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
 
 FORMAT = 1
-SEARCH_KEYS = ("beam_size", "length_penalty", "no_repeat_ngram", "min_length")
+SEARCH_KEYS = ("beam_size", "length_penalty", "no_repeat_ngram", "min_length", "consensus")
 CONFIG, WEIGHTS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
 
 
@@ -210,7 +210,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: has format {config['format']}, this version of capdist reads {FORMAT}")
     kinds = {"sha256": dict, "preprocessing": dict, "search": dict, "metrics": dict, "max_length": int}
     wrong = [key for key, kind in kinds.items() if not isinstance(config[key], kind)]
-    wrong += [f"search.{key}" for key in SEARCH_KEYS if not wrong and key not in config["search"]]
+    # Folders of before there was a consensus lack its key.
+    wrong += [f"search.{key}" for key in SEARCH_KEYS[:-1] if not wrong and key not in config["search"]]
     if wrong:
         raise CheckpointError(f"{path}: {wrong[0]!r} is damaged or missing")
     if not all(isinstance(config["sha256"].get(name), str) for name in (WEIGHTS, VOCABULARY)):

@@ -41,7 +41,8 @@ def caption(
         trace: File for a profile, or None.
     """
     work, features, options = _made_up(work, num_images) if model is None else _trained(work, model, num_images)
-    options, num_plain = replace(options, length_penalty=0.0, no_repeat_ngram=0), min(num_plain, len(features))
+    options = replace(options, length_penalty=0.0, no_repeat_ngram=0, consensus=None)
+    num_plain = min(num_plain, len(features))
     device, size = work.accelerator.device, work.recipe.evaluation.batch_size
     network, plain = work.model.eval(), textbook()
     decoder = plain.decoder_like(network.decoder).eval() if num_plain else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from capdist.decoding.beam import beam_search
+from capdist.decoding.consensus import agree
 from capdist.decoding.greedy import greedy_search
 from capdist.decoding.hypotheses import SearchResult
 from capdist.decoding.options import SearchOptions
@@ -26,11 +27,12 @@ def search(
         return_attention: Also return the attention of every word.
 
     Returns:
-        `options.beam_size` candidates an image, best first.
+        `options.beam_size` candidates an image, best first: by score, or with `options.consensus` by agreement.
 
     Raises:
         UsageError: A token id of the options lies outside the vocabulary.
         NumericsError: A logit was NaN or plus infinity.
     """
     find = greedy_search if options.beam_size == 1 else beam_search
-    return find(decoder, features, options, return_attention)
+    found = find(decoder, features, options, return_attention)
+    return found if options.consensus is None else agree(found, options)

@@ -48,6 +48,9 @@ class SearchOptions:
     al. 2016 (GNMT, arXiv:1609.08144, section 7) start from, and what fairseq's `--lenpen` does."""
     no_repeat_ngram: int = 0
     """No caption has the same n words in a row twice; 0 allows it."""
+    consensus: float | None = None
+    """Temperature at which candidates are trusted when they are ranked by how far they agree, see
+    `capdist.decoding.consensus`; None ranks them by score."""
 
     def __post_init__(self) -> None:
         mistakes = [*self._wrong_types()] or [*self._wrong_values()]
@@ -58,8 +61,10 @@ class SearchOptions:
         for name in _LEAST:
             if not _is_whole(value := getattr(self, name)):
                 yield f"{name}: {value!r} is not a whole number"
-        if not isinstance(self.length_penalty, (int, float)) or isinstance(self.length_penalty, bool):
+        if not _is_number(self.length_penalty):
             yield f"length_penalty: {self.length_penalty!r} is not a number"
+        if self.consensus is not None and not _is_number(self.consensus):
+            yield f"consensus: {self.consensus!r} is neither a number nor None"
         if not isinstance(self.suppressed_ids, tuple) or not all(map(_is_whole, self.suppressed_ids)):
             yield f"suppressed_ids: {self.suppressed_ids!r} is not a tuple of whole numbers"
 
@@ -71,6 +76,8 @@ class SearchOptions:
             yield f"min_length: {self.min_length} must be at most max_length ({self.max_length})"
         if not (math.isfinite(self.length_penalty) and self.length_penalty >= 0):
             yield f"length_penalty: {self.length_penalty} must be a finite number, 0 or more"
+        if self.consensus is not None and not (math.isfinite(self.consensus) and self.consensus > 0):
+            yield f"consensus: {self.consensus} must be a finite number above 0, or None"
         if any(token < 0 for token in self.suppressed_ids):
             yield f"suppressed_ids: {self.suppressed_ids} must all be 0 or more"
         if self.eos_id in self.suppressed_ids:
@@ -79,3 +86,7 @@ class SearchOptions:
 
 def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

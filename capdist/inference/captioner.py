@@ -99,6 +99,7 @@ class Captioner:
             min_length=defaults["min_length"],
             length_penalty=defaults["length_penalty"],
             no_repeat_ngram=defaults["no_repeat_ngram"],
+            consensus=defaults.get("consensus"),
             pad_id=vocabulary.pad_id,
             bos_id=vocabulary.bos_id,
             eos_id=vocabulary.eos_id,

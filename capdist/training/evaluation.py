@@ -133,6 +133,7 @@ def search_options(evaluation: EvaluationSection, vocabulary: Vocabulary, max_le
         beam_size=evaluation.beam_size,
         length_penalty=evaluation.length_penalty,
         no_repeat_ngram=evaluation.no_repeat_ngram,
+        consensus=evaluation.consensus,
         min_length=evaluation.min_length,
         max_length=max_length,
         pad_id=vocabulary.pad_id,

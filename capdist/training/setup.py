@@ -174,6 +174,8 @@ def _idle_settings(recipe: Recipe, data: PreparedData, model: CaptionModel) -> I
         yield "encoder.weights=none with a frozen encoder: its features are random; encoder.trainable_from trains it"
     if model.encoder.is_frozen and encoder.batch_norm == "train":
         yield "encoder.batch_norm=train does nothing: the encoder is frozen"
+    if recipe.evaluation.consensus is not None and recipe.evaluation.beam_size < 3:
+        yield "evaluation.consensus does nothing with fewer than three beams; evaluation.beam_size=10 gives it a choice"
     if data.choosing is None:
         kept = "training.patience does nothing and " if training.patience else ""
         yield f"there is no validation split: {kept}the newest model counts as the best"
