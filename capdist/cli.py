@@ -28,6 +28,10 @@ Others = Annotated[
     typer.Option("--with", metavar="MODEL", help="one more model, to write each caption together; may be repeated"),
 ]
 BeamSize = Annotated[int | None, typer.Option(min=1, max=100, help="beams; default: as the model was validated")]
+Consensus = Annotated[
+    float | None,
+    typer.Option(min=0, help="say what agrees with the other beams: temperature, 0 = no; default: as validated"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
 Config = Annotated[Path, typer.Option(metavar="RECIPE", help="YAML file under configs/")]
 
@@ -67,6 +71,7 @@ def evaluate(
     others: Others = None,
     split: Annotated[str, typer.Option(help="train, validation (dev), dev-choose, dev-report or test")] = "test",
     beam_size: BeamSize = None,
+    consensus: Consensus = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first N images of the split")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images captioned at once")] = 64,
     num_workers: Annotated[int, typer.Option(min=0, help="loader processes")] = 0,
@@ -82,6 +87,7 @@ def evaluate(
         path=path,
         split=split,
         beam_size=beam_size,
+        consensus=consensus,
         limit=limit,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -97,6 +103,7 @@ def caption(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="photos, or folders of photos")],
     others: Others = None,
     beam_size: BeamSize = None,
+    consensus: Consensus = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
     attention: Annotated[Path | None, typer.Option(metavar="FOLDER", help="save what each word looked at")] = None,
     debug: Debug = False,
@@ -108,7 +115,7 @@ def caption(
 
     photos = find_photos(images)
     captions = Captioner.from_pretrained([model, *(others or ())]).caption(
-        photos, beam_size=beam_size, return_attention=attention is not None
+        photos, beam_size=beam_size, consensus=consensus, return_attention=attention is not None
     )
     if attention is not None:
         attention.mkdir(parents=True, exist_ok=True)

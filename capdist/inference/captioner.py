@@ -90,16 +90,19 @@ class Captioner:
         folders = [folder_or_hub_id] if isinstance(folder_or_hub_id, str | Path) else folder_or_hub_id
         return cls([load_pretrained(folder) for folder in folders], device, [str(folder) for folder in folders])
 
-    def options(self, beam_size: int | None = None, max_length: int | None = None) -> SearchOptions:
-        """Return the model's own search settings, with some replaced."""
+    def options(
+        self, beam_size: int | None = None, max_length: int | None = None, consensus: float | None = None
+    ) -> SearchOptions:
+        """Return the model's own search settings, with some replaced; `consensus` 0 is none."""
         vocabulary, defaults = self.trained.vocabulary, self.trained.search
+        temperature = consensus if consensus is not None else defaults.get("consensus")
         return SearchOptions(
             beam_size=beam_size if beam_size is not None else defaults["beam_size"],
             max_length=max_length if max_length is not None else self.trained.max_length,
             min_length=defaults["min_length"],
             length_penalty=defaults["length_penalty"],
             no_repeat_ngram=defaults["no_repeat_ngram"],
-            consensus=defaults.get("consensus"),
+            consensus=temperature or None,
             pad_id=vocabulary.pad_id,
             bos_id=vocabulary.bos_id,
             eos_id=vocabulary.eos_id,
@@ -111,6 +114,7 @@ class Captioner:
         images: Any,
         *,
         beam_size: int | None = None,
+        consensus: float | None = None,
         batch_size: int = 32,
         return_attention: bool = False,
     ) -> list[Caption]:
@@ -119,6 +123,7 @@ class Captioner:
         Args:
             images: One photo or a sequence: paths, PIL images, or arrays or tensors, uint8, (height, width, 3).
             beam_size: Beams; None = as the model was validated.
+            consensus: Its temperature, see `SearchOptions`; 0 = none, None = as the model was validated.
             batch_size: Photos at once.
             return_attention: Also return what each word looked at.
 
@@ -131,7 +136,7 @@ class Captioner:
         """
         single = isinstance(images, str | Path | Image.Image | Tensor) or hasattr(images, "__array_interface__")
         photos = [images] if single else list(images)
-        options = self.options(beam_size)
+        options = self.options(beam_size, consensus=consensus)
         captions: list[Caption] = []
         for start in range(0, len(photos), batch_size):
             captions += self._caption_batch(photos[start : start + batch_size], options, return_attention)

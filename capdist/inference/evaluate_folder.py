@@ -30,6 +30,7 @@ def evaluate_folder(
     path: str | None,
     split: str,
     beam_size: int | None = None,
+    consensus: float | None = None,
     limit: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -45,6 +46,7 @@ def evaluate_folder(
         path: As `data.path`.
         split: `train`, `validation` (or `dev`), a half of it (`dev-choose`, `dev-report`) or `test`.
         beam_size: Beams; None = as the model was validated.
+        consensus: Its temperature; 0 = none, None = as the model was validated.
         limit: First so many images.
         batch_size: Images captioned at once by one process.
         num_workers: Loader processes.
@@ -69,7 +71,7 @@ def evaluate_folder(
     accelerator = build_accelerator()
     captioner = Captioner.from_pretrained([model, *others], accelerator.device)
     rows = _read_split(data, split)
-    trained, options = captioner.trained, captioner.options(beam_size)
+    trained, options = captioner.trained, captioner.options(beam_size, consensus=consensus)
     evaluator = Evaluator(accelerator, trained.vocabulary, trained.preprocessing, options, batch_size, num_workers)
     evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
     result = _result(captioner.members, data, rows, options, evaluation)

@@ -286,6 +286,17 @@ def test_config_with_a_damaged_key_is_refused(folder: Path, key: str, value: Any
     _refused(folder, "config.json")
 
 
+def test_consensus_travels_with_the_model_and_can_be_overruled(folder: Path) -> None:
+    """Folders of older versions, as this one, do not have the key."""
+    captioner = Captioner.from_pretrained(folder, "cpu")
+    assert captioner.options().consensus is None
+    assert captioner.options(beam_size=10, consensus=3.0).consensus == 3.0
+    _edit_config(folder, lambda config: config["search"].update(consensus=4.0))
+    captioner = Captioner.from_pretrained(folder, "cpu")
+    assert captioner.options().consensus == 4.0
+    assert captioner.options(consensus=0).consensus is None
+
+
 @pytest.mark.parametrize(("key", "value"), [("max_length", "seven"), ("max_length", None), ("search", None)], ids=str)
 def test_config_with_damaged_settings_is_refused(folder: Path, key: str, value: Any) -> None:
     _edit_config(folder, lambda config: config.update({key: value}))
