@@ -30,6 +30,9 @@ def page(result: dict[str, Any], count: int) -> str:
     """Return the page, Markdown: `count` captions, half of them the best and half the worst."""
     settings, metrics, captions = result["settings"], result["metrics"], result["captions"]
     scored = sorted(zip(cider_of_images(captions), captions, strict=True), key=lambda pair: -pair[0])
+    how = f"beam {settings['beam_size']}"
+    if settings["search"].get("consensus"):
+        how += f", consensus {settings['search']['consensus']:g}"
     endings = {"a", "an", "the", "of", "with", "in", "on", "and", "to", "at", "is", "are", "by", "from"}
     cut = sum(row["caption"].rstrip(".").split()[-1:] == [word] for row in captions for word in endings)
     figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("bleu_1", "bleu_4", "rouge_l", "cider"))
@@ -37,7 +40,7 @@ def page(result: dict[str, Any], count: int) -> str:
         "# Captions, best and worst",
         "",
         f"What the model of [results.md](results.md) says of photos of the {settings['split']} split "
-        f"({settings['source']}, {len(captions)} photos, beam {settings['beam_size']}): {figures}.",
+        f"({settings['source']}, {len(captions)} photos, {how}): {figures}.",
         f"Of all {len(captions)} captions, {len({row['caption'] for row in captions})} are different and {cut} break "
         "off on a word that cannot end one (a, the, of, with, …). Made by `benchmarks/captions_page.py`.",
     ]

@@ -2,8 +2,9 @@
 
     python benchmarks/search_grid.py MODEL --path /where/flickr8k/is
 
-Every search captions `dev-choose`. The best by CIDEr, and the search the model was trained with, then caption
-`dev-report`, on which nothing is chosen. Prints the rows of `docs/results.md`.
+Every search captions `dev-choose`. The best by CIDEr, and the search the model was validated with, then caption
+`dev-report`, on which nothing is chosen, if the model's epoch was not either (`evaluation.halve_validation=true`).
+Prints the rows of `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ class Bench:
     """A split, encoded once, and what is needed to caption and score it."""
 
     def __init__(self, captioner: Captioner, split: Split) -> None:
-        self.captioner, self.split = captioner, split
+        self.captioner, self.split, self.rows = captioner, split, split.scored_rows
+        self.image_ids = [split.image_ids[row] for row in self.rows]
         self.features = torch.cat(list(self._encode()))
 
     @torch.inference_mode()
     def score(self, options: SearchOptions) -> dict[str, Any]:
         """Return BLEU, ROUGE-L and CIDEr of a search, and `words`, the mean length of its captions."""
-        scorer = CaptionScorer(dict(zip(self.split.image_ids, self.split.references, strict=True)))
+        scorer = CaptionScorer({self.split.image_ids[row]: self.split.references[row] for row in self.rows})
         found = [search(self.captioner.model, features, options) for features in self.features.split(BATCH)]
         tokens = torch.cat([result.tokens[:, 0] for result in found]).tolist()
         decode = self.captioner.trained.vocabulary.decode
-        scorer.add_many(zip(self.split.image_ids, (detokenize(decode(row)) for row in tokens), strict=True))
+        scorer.add_many(zip(self.image_ids, (detokenize(decode(row)) for row in tokens), strict=True))
         words = torch.cat([result.lengths[:, 0] for result in found]).double().mean()
         return {**scorer.compute(("bleu", "rouge_l", "cider")), "words": float(words)}
 
     @torch.inference_mode()
     def _encode(self) -> Iterator[Tensor]:
         preprocessing = self.captioner.trained.preprocessing
-        rows = list(range(len(self.split.image_ids)))
         photos = PhotoDataset(self.split.photos, preprocessing)
-        for _, images in photo_batches(photos, rows, batch_size=BATCH, num_workers=0, pin_memory=False):
+        for _, images in photo_batches(photos, self.rows, batch_size=BATCH, num_workers=0, pin_memory=False):
             yield self.captioner.model.encode(preprocessing.normalize(images.to(self.captioner.device)))
 
 
@@ -62,7 +63,7 @@ def grid(options: SearchOptions, asked: argparse.Namespace) -> list[SearchOption
     for beams, penalty, ngram, temperature in product(
         asked.beams, asked.length_penalties, asked.no_repeat_ngrams, asked.consensus
     ):
-        if not temperature or beams > 2:
+        if (beams > 1 or not penalty) and (beams > 2 or not temperature):  # else it does nothing
             changes = {"length_penalty": penalty, "no_repeat_ngram": ngram, "consensus": temperature or None}
             tried.append(replace(options, beam_size=beams, **changes))
     return list(dict.fromkeys(tried))

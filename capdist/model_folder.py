@@ -211,7 +211,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     kinds = {"sha256": dict, "preprocessing": dict, "search": dict, "metrics": dict, "max_length": int}
     wrong = [key for key, kind in kinds.items() if not isinstance(config[key], kind)]
     # Folders of before there was a consensus lack its key.
-    wrong += [f"search.{key}" for key in SEARCH_KEYS[:-1] if not wrong and key not in config["search"]]
+    wrong += [f"search.{key}" for key in SEARCH_KEYS if not wrong and key not in {"consensus", *config["search"]}]
+    if not wrong and type(config["search"].get("consensus")) not in (int, float, type(None)):
+        wrong.append("search.consensus")
     if wrong:
         raise CheckpointError(f"{path}: {wrong[0]!r} is damaged or missing")
     if not all(isinstance(config["sha256"].get(name), str) for name in (WEIGHTS, VOCABULARY)):

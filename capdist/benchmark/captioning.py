@@ -29,7 +29,8 @@ def caption(
 ) -> Table:
     """Time the search over many images, and compare its captions with the textbook's.
 
-    Captions may be of any words: the textbook knows neither a length penalty nor forbidden repeats.
+    Captions may be of any words: the textbook knows neither a length penalty, nor forbidden
+    repeats, nor a consensus.
 
     Args:
         work: What is measured.

@@ -35,4 +35,5 @@ def search(
     """
     find = greedy_search if options.beam_size == 1 else beam_search
     found = find(decoder, features, options, return_attention)
-    return found if options.consensus is None else agree(found, options)
+    # Two captions agree with each other equally.
+    return found if options.consensus is None or options.beam_size < 3 else agree(found, options)

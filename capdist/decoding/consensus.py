@@ -17,42 +17,42 @@ def agree(found: SearchResult, options: SearchOptions) -> SearchResult:
     """Rank candidates by how much of what they say the other candidates say too.
 
     The caption of least Bayes risk (Kumar & Byrne 2004): the mean likeness of a candidate to all candidates, these
-    weighed by probability ** (1 / `options.consensus`), where the likeness of two captions is the F1 of their sets of
-    words, and the most frequent word counts 0, the r-th ln(r). Ids of words run from frequent to rare, so that by
-    Zipf's law this is how rare a word is, up to a factor.
+    weighed by probability ** (1 / `options.consensus`). The likeness of two captions is the F1 of their sets of words,
+    that of a caption to itself 1. The most frequent word counts 0, the r-th ln(r): ids of words run from frequent to
+    rare, and by Zipf's law this is, up to a factor, the logarithm of how much rarer a word is than the first.
 
     Args:
         found: Candidates of each image, (B, R).
-        options: Of the search; all special tokens have lower ids than any word.
+        options: Of the search; see its `consensus`.
 
     Returns:
         The same candidates, those that ended first, with the mean likeness, 0…1, as `scores`.
     """
     assert options.consensus is not None
-    is_caption = found.log_probabilities != IMPOSSIBLE
-    # float64: on a near tie it should not matter with which other images a caption was compared.
-    words = _words(found, options)
-    shared = words @ (words > 0).double().mT
-    totals = words.sum(dim=-1)
-    likeness = 2 * shared / (totals[:, :, None] + totals[:, None]).clamp(min=torch.finfo(torch.float64).tiny)
-    trust = (found.log_probabilities.double() / options.consensus).softmax(dim=1).where(is_caption, 0)
+    # On the host, in float64, which not every accelerator has: on a near tie it should not matter with which other
+    # images a caption was compared.
+    totals = found.log_probabilities.cpu().double()
+    is_caption = totals != IMPOSSIBLE
+    trust = ((totals - totals.amax(dim=1, keepdim=True)) / options.consensus).softmax(dim=1).where(is_caption, 0)
+    likeness = _likeness(found.tokens.cpu(), options)
     gains = (likeness @ trust[..., None]).squeeze(-1).float().where(is_caption, IMPOSSIBLE)
+    kind = found.ended.long().cpu() + is_caption  # 2 ended, 1 cut off, 0 nothing
     order = best_first(gains)
-    kind = found.ended.long() + is_caption  # 2 ended, 1 cut off, 0 nothing
-    order = order.gather(1, best_first(kind.gather(1, order)))
-    ranked: dict[str, Any] = {}
-    for field in fields(found):
-        value = gains if field.name == "scores" else getattr(found, field.name)
-        ranked[field.name] = None if value is None else gather_rows(value, order)
+    order = order.gather(1, best_first(kind.gather(1, order))).to(found.tokens.device)
+    values = {field.name: getattr(found, field.name) for field in fields(found)}
+    values["scores"] = gains.to(found.scores.device)
+    ranked: dict[str, Any] = {k: None if v is None else gather_rows(v, order) for k, v in values.items()}
     return SearchResult(**ranked)
 
 
-def _words(found: SearchResult, options: SearchOptions) -> Tensor:
-    """Return the weight of each word in each candidate that says it, else 0: (B, R, ids) float64."""
+def _likeness(tokens: Tensor, options: SearchOptions) -> Tensor:
+    """Return how alike any two captions (B, R, T) of an image are: (B, R, R) float64."""
     first = 1 + max(options.pad_id, options.bos_id, options.eos_id, *options.suppressed_ids)
-    positions = torch.arange(found.tokens.shape[2], device=found.tokens.device)
-    said = positions < found.lengths[..., None]
-    tokens = found.tokens.where(said, options.pad_id)
-    weights = (tokens - first + 1).clamp(min=1).double().log()
-    table = weights.new_zeros(*tokens.shape[:2], int(tokens.max()) + 1)
-    return table.scatter_(2, tokens, weights)
+    distinct, said = tokens.unique(return_inverse=True)
+    weights = (distinct - first + 1).clamp(min=1).double().log()
+    words = weights.new_zeros(*tokens.shape[:2], len(distinct)).scatter_(2, said, weights[said])
+    totals = words.sum(dim=-1)
+    likeness = 2 * (words @ (words > 0).double().mT)
+    likeness /= (totals[:, :, None] + totals[:, None]).clamp(min=torch.finfo(torch.float64).tiny)
+    likeness.diagonal(dim1=1, dim2=2).fill_(1)
+    return likeness

@@ -20,6 +20,7 @@ from capdist.errors import NumericsError
 @dataclass(frozen=True)
 class SearchResult:
     """Candidates of each image, best first: those that ended by score, then those cut off by score.
+    Where `search` ranks them by agreement, that is the score.
 
     Where an image has fewer candidates than asked for (there are no more captions), the last ones are empty:
     no words, not ended, log-probability and score minus infinity.
@@ -32,7 +33,7 @@ class SearchResult:
     log_probabilities: Tensor
     """Sum of ln p under the model over the words, and `<eos>` if the caption ended, (B, R) float32."""
     scores: Tensor
-    """Log-probabilities divided by (words + `<eos>` if it ended) ** length_penalty, (B, R) float32."""
+    """Log-probabilities divided by (words + `<eos>` if it ended) ** length_penalty, or agreement, (B, R) float32."""
     ended: Tensor
     """Whether the caption ended with `<eos>`, (B, R) bool; false for one cut off at `max_length`."""
     attention: Tensor | None

@@ -49,13 +49,20 @@ class SearchOptions:
     no_repeat_ngram: int = 0
     """No caption has the same n words in a row twice; 0 allows it."""
     consensus: float | None = None
-    """Temperature at which candidates are trusted when they are ranked by how far they agree, see
-    `capdist.decoding.consensus`; None ranks them by score."""
+    """Temperature at which `search` trusts candidates to rank three or more by how far they agree, see
+    `capdist.decoding.consensus`; None ranks them by score. Ids of words must run from frequent to rare, above all
+    special and suppressed ones."""
 
     def __post_init__(self) -> None:
         mistakes = [*self._wrong_types()] or [*self._wrong_values()]
         if mistakes:
             raise UsageError(*mistakes)
+
+    def __str__(self) -> str:
+        """Return what tells this search from others, for the title of a table."""
+        names = ("length_penalty", "no_repeat_ngram", "min_length", "consensus")
+        changed = [f"{name.replace('_', ' ')} {value:g}" for name in names if (value := getattr(self, name))]
+        return ", ".join([f"beam {self.beam_size}", *changed])
 
     def _wrong_types(self) -> Iterator[str]:
         for name in _LEAST:

@@ -95,14 +95,14 @@ class Captioner:
     ) -> SearchOptions:
         """Return the model's own search settings, with some replaced; `consensus` 0 is none."""
         vocabulary, defaults = self.trained.vocabulary, self.trained.search
-        temperature = consensus if consensus is not None else defaults.get("consensus")
+        temperature = defaults.get("consensus") if consensus is None else consensus
         return SearchOptions(
             beam_size=beam_size if beam_size is not None else defaults["beam_size"],
             max_length=max_length if max_length is not None else self.trained.max_length,
             min_length=defaults["min_length"],
             length_penalty=defaults["length_penalty"],
             no_repeat_ngram=defaults["no_repeat_ngram"],
-            consensus=temperature or None,
+            consensus=None if temperature == 0 else temperature,
             pad_id=vocabulary.pad_id,
             bos_id=vocabulary.bos_id,
             eos_id=vocabulary.eos_id,
@@ -132,7 +132,7 @@ class Captioner:
 
         Raises:
             DataError: naming a photo that cannot be read.
-            UsageError: if an image is of none of these types, or the beam size makes no sense.
+            UsageError: if an image is of none of these types, or beam size or consensus make no sense.
         """
         single = isinstance(images, str | Path | Image.Image | Tensor) or hasattr(images, "__array_interface__")
         photos = [images] if single else list(images)

@@ -76,7 +76,7 @@ def evaluate_folder(
     evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
     result = _result(captioner.members, data, rows, options, evaluation)
     if accelerator.is_main_process:
-        print_scores(f"{' + '.join([model, *others])}: {rows.name} split, beam {options.beam_size}", evaluation.metrics)
+        print_scores(f"{' + '.join([model, *others])}: {rows.name} split, {options}", evaluation.metrics)
         if output is not None:
             _write(output, result)
     accelerator.wait_for_everyone()

@@ -27,10 +27,11 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     arguments = ["--config", "configs/scenes.yaml", *SMALL, f"data.path={photos}", f"run.output_dir={folder}"]
     arguments += ["run.name=small", "training.epochs=3", "training.log_every=2", "encoder.trainable_from=all"]
-    arguments += ["tracking.with=[tensorboard, wandb]"]
+    arguments += ["tracking.with=[tensorboard, wandb]", "evaluation.consensus=4"]
     result = launch(TRAIN, arguments, WANDB_MODE="offline")
     check_finished(result)
     assert "constant caption" in result.stdout
+    assert "evaluation.consensus does nothing with fewer than three beams" in result.stderr
     return folder / "small"
 
 
@@ -80,6 +81,7 @@ def test_evaluate_writes_what_is_promised(trained: Path, photos: Path, tmp_path:
     assert result["settings"]["num_images"] == 10
     assert result["settings"]["num_references"] == 50
     assert {"split", "beam_size", "tokeniser", "model_sha256"} <= result["settings"].keys()
+    assert result["settings"]["search"]["consensus"] == 4, "not as the model was validated"
     assert len(result["captions"]) == 10
     assert all(row.keys() == {"image_id", "caption", "references"} for row in result["captions"])
     final = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])
@@ -91,8 +93,9 @@ def test_evaluate_of_an_ensemble_of_one_model_scores_as_the_model(trained: Path,
     output, model = tmp_path / "scores.json", str(trained / "model")
     command = ["-m", "capdist.cli", "evaluate", model, "--with", model, "--source", "folder", "--path", str(photos)]
     # Without Java, whose METEOR takes longer than all the rest.
-    check_finished(run([*command, "--beam-size", "2", "--output", str(output)], PATH=str(tmp_path)))
+    check_finished(run([*command, "--beam-size", "2", "--consensus", "0", "--output", str(output)], PATH=str(tmp_path)))
     result = json.loads(output.read_text())
+    assert result["settings"]["search"]["consensus"] is None
     digest = json.loads((trained / "model" / "config.json").read_text())["sha256"]["model.safetensors"]
     assert (result["settings"]["model_sha256"], result["settings"]["members_sha256"]) == (digest, [digest, digest])
     final = json.loads((trained / "log.jsonl").read_text().splitlines()[-1])

@@ -283,7 +283,9 @@ def test_half_precision_logits_are_summed_in_float32(dtype: torch.dtype) -> None
 def test_no_image_and_one_image_are_batches_too() -> None:
     result = beam_search(ToyDecoder(), make_features(0), make_options(beam_size=3), return_attention=True)
     assert result.tokens.shape == (0, 3, 5)
-    assert search(ToyDecoder(), make_features(1), make_options(beam_size=3)).scores.shape == (1, 3)
+    for options in (make_options(beam_size=3), make_options(beam_size=3, consensus=4.0)):
+        assert search(ToyDecoder(), make_features(0), options, return_attention=True).tokens.shape == (0, 3, 5)
+        assert search(ToyDecoder(), make_features(1), options).scores.shape == (1, 3)
 
 
 def test_a_search_records_no_gradient() -> None:

@@ -24,28 +24,31 @@ def candidates(seed: int, images: int = 6, rows: int = 7, positions: int = 9) ->
     lengths = torch.randint(1, positions + 1, (images, rows), generator=draw)
     lengths[0, 5:] = 0
     lengths[1, :] = 0
+    lengths[2, 3] = 0  # ended without a word
     tokens = torch.randint(FIRST, FIRST + 12, (images, rows, positions), generator=draw)
     tokens = tokens.where(torch.arange(positions) < lengths[..., None], PAD)
-    totals = (torch.randn(images, rows, generator=draw) * 4 - 9).where(lengths > 0, -math.inf)
-    ended = (torch.rand(images, rows, generator=draw) < 0.7) & (lengths > 0)
+    totals = torch.randn(images, rows, generator=draw) * 4 - 9
+    totals[0, 5:] = totals[1, :] = -math.inf
+    ended = (torch.rand(images, rows, generator=draw) < 0.7) & (totals > -math.inf)
     attention = torch.rand(images, rows, positions, 3, generator=draw)
     return SearchResult(tokens, lengths, totals, totals.clone(), ended, attention)
 
 
 def gains_of(found: SearchResult, image: int, temperature: float) -> list[float]:
     """Mean likeness of each caption of an image to all of them, by the definition."""
-    rows = [row for row in range(found.lengths.shape[1]) if found.lengths[image, row]]
+    rows = [row for row in range(found.lengths.shape[1]) if found.log_probabilities[image, row] > -math.inf]
     bags = [set(found.tokens[image, row, : found.lengths[image, row]].tolist()) for row in rows]
     trust = [math.exp(found.log_probabilities[image, row].item() / temperature) for row in rows]
 
     def weight(words: set[int]) -> float:
         return sum(math.log(word - FIRST + 1) for word in words)
 
-    def likeness(one: set[int], other: set[int]) -> float:
-        whole = weight(one) + weight(other)
-        return 2 * weight(one & other) / whole if whole else 0.0
+    def likeness(one: int, other: int) -> float:
+        whole = weight(bags[one]) + weight(bags[other])
+        return 1.0 if one == other else 2 * weight(bags[one] & bags[other]) / whole if whole else 0.0
 
-    return [sum(t * likeness(one, other) for t, other in zip(trust, bags, strict=True)) / sum(trust) for one in bags]
+    captions = range(len(rows))
+    return [sum(trust[other] * likeness(one, other) for other in captions) / sum(trust) for one in captions]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 4.0, 1e6])
@@ -91,4 +94,6 @@ def test_search_ranks_by_agreement_if_asked() -> None:
     assert torch.equal(agreed.tokens, expected.tokens)
     assert torch.equal(agreed.scores, expected.scores)
     assert not torch.equal(agreed.tokens, plain.tokens)
+    two = [search(decoder, features, make_options(beam_size=2, consensus=asked)) for asked in (4.0, None)]
+    assert torch.equal(two[0].scores, two[1].scores), "two captions agree with each other equally"
     assert sorted(agreed.log_probabilities[0].tolist()) == sorted(plain.log_probabilities[0].tolist())
