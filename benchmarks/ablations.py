@@ -1,4 +1,4 @@
-"""What an option is worth: train every row of `configs/ablations.yaml` with several seeds, and print the table.
+"""What an option is worth: train every row of `benchmarks/ablations.yaml` with several seeds, and print the table.
 
     python benchmarks/ablations.py data.path=/where/flickr8k/is [--seeds 0 1 2] [--jobs 2] [section.key=value …]
     python benchmarks/ablations.py --table
@@ -83,7 +83,7 @@ def main() -> None:
     """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "flickr8k_frozen.yaml")
-    parser.add_argument("--rows", type=Path, default=ROOT / "configs" / "ablations.yaml")
+    parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks" / "ablations.yaml")
     parser.add_argument("--only", nargs="+", help="names of rows; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=5)

@@ -177,6 +177,9 @@ class TrainingSection(Section):
     """Largest norm of all gradients together; null = no clipping."""
     label_smoothing: Fraction = 0.1
     """Share of probability spread over all words (Szegedy et al. 2016); not in `scst`."""
+    scheduled_sampling: Fraction = 0.0
+    """Share of the words read in training that are the model's own instead of people's, reached bit by bit over the run
+    (Bengio et al. 2015); not in `scst`."""
     doubly_stochastic: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the penalty that every cell be looked at about once (Xu et al., equation 14); not in `scst`."""
     mixed_precision: Literal["inherit", "no", "bf16", "fp16"] = "inherit"

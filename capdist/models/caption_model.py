@@ -61,6 +61,7 @@ class CaptionModel(nn.Module):
         lengths: Sequence[int] | None = None,
         weights: Tensor | None = None,
         label_smoothing: float = 0.0,
+        own_words: float = 0.0,
     ) -> CaptionLoss:
         """Return the loss of an image-major batch.
 
@@ -72,6 +73,7 @@ class CaptionModel(nn.Module):
             lengths: Labels of each row, if they are known already: finding out makes the host wait for the device.
             weights: (B·R,) by which the cross-entropy of each row is multiplied; None = 1.
             label_smoothing: Share of probability spread over all words.
+            own_words: Share of the words read that are what the model itself would have said there.
         """
         if features is None:
             assert pixel_values is not None
@@ -79,7 +81,10 @@ class CaptionModel(nn.Module):
         if lengths is None:
             lengths = (labels != IGNORED_LABEL).sum(dim=1).tolist()
         packing = Packing.of(torch.tensor(lengths), labels.shape[1], labels.device)
-        hidden, looked = self.decoder(self.projection(features), input_ids, packing)
+        projected = self.projection(features)
+        if own_words:
+            input_ids = self._mix_in(projected, input_ids, packing, own_words)
+        hidden, looked = self.decoder(projected, input_ids, packing)
         # The head sees all words of the batch in one product, and no padding.
         logits = self.decoder.head(hidden)
         # The sum over words needs float32 even where the step is computed in less.
@@ -90,6 +95,23 @@ class CaptionModel(nn.Module):
         repeats = self.encoder.repeats(features.shape[1])
         penalty = repeats * ((1 - looked / repeats) ** 2).sum(dim=-1)
         return CaptionLoss(of_words.sum(), (penalty * (labels[:, 0] != IGNORED_LABEL)).sum())
+
+    @torch.no_grad()
+    def _mix_in(self, projected: Tensor, input_ids: Tensor, packing: Packing, share: float) -> Tensor:
+        """Return captions in which words of people have been replaced by samples of the model.
+
+        Scheduled sampling (Bengio et al. 2015) in two passes (Duckworth et al. 2019): what is drawn follows the words
+        of people, so that all words are drawn at once.
+        """
+        hidden, _ = self.decoder(projected, input_ids, packing)
+        chances = self.decoder.head(hidden).float().softmax(dim=-1)
+        # A draw as `multinomial` does it, which would end the program where the weights are not finite any more.
+        said = (chances / torch.empty_like(chances).exponential_()).argmax(dim=-1)
+        read = packing.words + 1  # what is said at a position is read at the next
+        chosen = (torch.rand(len(read), device=read.device) < share) & (read % input_ids.shape[1] != 0)
+        mixed = input_ids.flatten().clone()
+        mixed[read[chosen]] = said[chosen]
+        return mixed.view_as(input_ids)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the encoder's features (B, N, C) of normalised photos (B, 3, height, width)."""

@@ -211,7 +211,7 @@ class Loop:
                 window = [next(batches) for _ in range(self.plan.micro_batches(index))]
                 wait_s = time.perf_counter() - before
                 set_learning_rate(self.optimizer, self.recipe.training, index, self.total_steps)
-                report = self.step(index, window, bool(signals.received))
+                report = self.step(index, window, bool(signals.received), index / self.total_steps)
                 self.state.step += 1
                 if self.average is not None:
                     self.average.update(self.state.step)

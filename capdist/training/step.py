@@ -76,13 +76,16 @@ class TrainStep:
         self._skipped_in_a_row = 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, step: int, window: Sequence[CaptionBatch], stop_requested: bool = False) -> StepReport:
+    def __call__(
+        self, step: int, window: Sequence[CaptionBatch], stop_requested: bool = False, progress: float = 0.0
+    ) -> StepReport:
         """Take a step.
 
         Args:
             step: Its index from 0.
             window: This process's micro-batches.
             stop_requested: Whether this process was told to stop; shared with the others on the way.
+            progress: Share of the run that is over, 0…1.
 
         Raises:
             NumericsError: if the gradient is not finite; the weights are as they were.
@@ -105,7 +108,7 @@ class TrainStep:
             last = micro == len(window) - 1
             torch.manual_seed(seed_of(self.recipe.run.seed, "dropout", step, micro, self.accelerator.process_index))
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(batch, of_batch)
+                loss = self._loss(batch, of_batch, progress)
                 # DDP averages the gradients of the processes; this makes it their sum.
                 self.accelerator.backward(loss * (self.accelerator.num_processes / max(1, num_tokens)))
             loss_sum += loss.detach()
@@ -138,12 +141,15 @@ class TrainStep:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
 
-    def _loss(self, batch: CaptionBatch, photos: dict[str, Tensor] | None = None) -> Tensor:
+    def _loss(self, batch: CaptionBatch, photos: dict[str, Tensor] | None = None, progress: float = 0.0) -> Tensor:
         training = self.recipe.training
         inputs = self._inputs(batch) | (self._photos(batch) if photos is None else photos)
         if self.self_critical is not None:  # a sample is learned for its reward, and nothing else is
             return self.model(**inputs).cross_entropy
-        cross_entropy, doubly_stochastic = self.model(label_smoothing=training.label_smoothing, **inputs)
+        own_words = training.scheduled_sampling * progress
+        cross_entropy, doubly_stochastic = self.model(
+            label_smoothing=training.label_smoothing, own_words=own_words, **inputs
+        )
         loss: Tensor = cross_entropy + training.doubly_stochastic * doubly_stochastic
         return loss
 
