@@ -23,13 +23,13 @@ load = loop.load_checkpoint
 read = loop.read_state
 
 
-def faulty_step(self, step, window, stop_requested=False):
+def faulty_step(self, step, window, stop_requested=False, progress=0.0):
     if kind == "vanish" and step + 1 == int(value):
         os._exit(1)
     if kind == "term" and step + 1 == int(value) and self.accelerator.is_main_process:
         os.kill(os.getpid(), signal.SIGTERM)
         stop_requested = True
-    return take_step(self, step, window, stop_requested)
+    return take_step(self, step, window, stop_requested, progress)
 
 
 def forgetful_load(checkpoint, model, optimizer, average):

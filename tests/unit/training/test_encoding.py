@@ -403,7 +403,7 @@ def test_training_on_views_stops_and_goes_on_to_the_same_bits(
 
     step = TrainStep.__call__
     with monkeypatch.context() as patch:
-        patch.setattr(TrainStep, "__call__", lambda self, index, window, stop: step(self, index, window, index == 2))
+        patch.setattr(TrainStep, "__call__", lambda self, i, window, *_: step(self, i, window, i == 2))
         with pytest.raises(Stopped):
             _train(_recipe(arguments, *more))  # the same command: there is no run yet that --resume could continue
     resumed = _train(_recipe(arguments, *more), resume=True)
