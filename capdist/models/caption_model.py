@@ -107,11 +107,11 @@ class CaptionModel(nn.Module):
         chances = self.decoder.head(hidden).float().softmax(dim=-1)
         # A draw as `multinomial` does it, which would end the program where the weights are not finite any more.
         said = (chances / torch.empty_like(chances).exponential_()).argmax(dim=-1)
-        read = packing.words + 1  # what is said at a position is read at the next
+        read = packing.words + 1  # what is said at a position is read at the next, if that is of the same caption
         chosen = (torch.rand(len(read), device=read.device) < share) & (read % input_ids.shape[1] != 0)
-        mixed = input_ids.flatten().clone()
-        mixed[read[chosen]] = said[chosen]
-        return mixed.view_as(input_ids)
+        mixed = F.pad(input_ids.flatten(), (0, 1))
+        mixed[read] = said.where(chosen, mixed[read])
+        return mixed[:-1].view_as(input_ids)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the encoder's features (B, N, C) of normalised photos (B, 3, height, width)."""
