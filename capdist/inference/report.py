@@ -67,7 +67,7 @@ def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Ma
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("metric", "model", *(["constant caption"] if constant else [])):
         table.add_column(column, justify="left" if column == "metric" else "right")
     for key, value in metrics.items():
@@ -77,6 +77,7 @@ def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Ma
                 row.append(f"{constant[1][key]:.4f}" if key in constant[1] else "-")
             table.add_row(*row)
     console = Console()
+    console.print(title, highlight=False)  # a title of the table would be broken to its width
     console.print(table)
     if constant:
         console.print(f"constant caption: “{constant[0]}”", highlight=False)
