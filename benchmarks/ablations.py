@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,15 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all rows")
     arguments = parser.parse_intermixed_args()
     rows: dict[str, list[str]] = yaml.safe_load(arguments.rows.read_text(encoding="utf-8"))
+    if unknown := [row for row in arguments.only or () if row not in rows]:
+        parser.error(f"--only: no row {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, rows))}")
     if arguments.only:
         rows = {row: rows[row] for row in arguments.only}
     if not arguments.table:
+        planned = product(arguments.seeds, rows.items())
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for seed in arguments.seeds:
-                for row, changes in rows.items():
-                    pool.submit(train, row, changes, seed, arguments)
+            # A list, so that an error of any is raised here.
+            list(pool.map(lambda one: train(one[1][0], one[1][1], one[0], arguments), planned))
     print(table(rows, arguments.output_dir, arguments.seeds))
 
 
