@@ -15,6 +15,7 @@ from typing import Any
 
 from pycocoevalcap.cider.cider import Cider
 
+from capdist.decoding import SearchOptions
 from capdist.metrics.ptb import tokenize
 
 
@@ -30,9 +31,7 @@ def page(result: dict[str, Any], count: int) -> str:
     """Return the page, Markdown: `count` captions, half of them the best and half the worst."""
     settings, metrics, captions = result["settings"], result["metrics"], result["captions"]
     scored = sorted(zip(cider_of_images(captions), captions, strict=True), key=lambda pair: -pair[0])
-    how = f"beam {settings['beam_size']}"
-    if settings["search"].get("consensus"):
-        how += f", consensus {settings['search']['consensus']:g}"
+    how = SearchOptions(bos_id=1, eos_id=2, **settings["search"])  # which tokens these are is not in the file
     endings = {"a", "an", "the", "of", "with", "in", "on", "and", "to", "at", "is", "are", "by", "from"}
     cut = sum(row["caption"].rstrip(".").split()[-1:] == [word] for row in captions for word in endings)
     figures = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("bleu_1", "bleu_4", "rouge_l", "cider"))

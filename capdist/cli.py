@@ -32,6 +32,10 @@ Consensus = Annotated[
     float | None,
     typer.Option(min=0, help="say what agrees with the other beams: temperature, 0 = no; default: as validated"),
 ]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=32, max=2048, help="squash photos to so many pixels; default: as the model says"),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
 Config = Annotated[Path, typer.Option(metavar="RECIPE", help="YAML file under configs/")]
 
@@ -72,6 +76,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation (dev), dev-choose, dev-report or test")] = "test",
     beam_size: BeamSize = None,
     consensus: Consensus = None,
+    image_size: ImageSize = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first N images of the split")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images captioned at once")] = 64,
     num_workers: Annotated[int, typer.Option(min=0, help="loader processes")] = 0,
@@ -88,6 +93,7 @@ def evaluate(
         split=split,
         beam_size=beam_size,
         consensus=consensus,
+        image_size=image_size,
         limit=limit,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -104,6 +110,7 @@ def caption(
     others: Others = None,
     beam_size: BeamSize = None,
     consensus: Consensus = None,
+    image_size: ImageSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
     attention: Annotated[Path | None, typer.Option(metavar="FOLDER", help="save what each word looked at")] = None,
     debug: Debug = False,
@@ -114,7 +121,7 @@ def caption(
     from capdist.inference.pictures import save_attention
 
     photos = find_photos(images)
-    captions = Captioner.from_pretrained([model, *(others or ())]).caption(
+    captions = Captioner.from_pretrained([model, *(others or ())], image_size=image_size).caption(
         photos, beam_size=beam_size, consensus=consensus, return_attention=attention is not None
     )
     if attention is not None:

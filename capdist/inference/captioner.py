@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +79,29 @@ class Captioner:
 
     @classmethod
     def from_pretrained(
-        cls, folder_or_hub_id: str | Path | Sequence[str | Path], device: str | torch.device | None = None
+        cls,
+        folder_or_hub_id: str | Path | Sequence[str | Path],
+        device: str | torch.device | None = None,
+        image_size: int | None = None,
     ) -> Captioner:
         """Load a model folder, or a model of the Hugging Face Hub, or several of them as an ensemble.
+
+        Args:
+            folder_or_hub_id: What to load.
+            device: As `Captioner`.
+            image_size: Squash photos to so many pixels a side; None = as the model says. What was trained on random
+                crops, where things are larger than in whole photos, captions larger photos better (Touvron et al.
+                2019, Fixing the train-test resolution discrepancy).
 
         Raises:
             CheckpointError, StorageError: as `load_pretrained`.
             UsageError, CheckpointError: as `Captioner`.
         """
         folders = [folder_or_hub_id] if isinstance(folder_or_hub_id, str | Path) else folder_or_hub_id
-        return cls([load_pretrained(folder) for folder in folders], device, [str(folder) for folder in folders])
+        members = [load_pretrained(folder) for folder in folders]
+        if image_size is not None:
+            members = [replace(m, preprocessing=replace(m.preprocessing, image_size=image_size)) for m in members]
+        return cls(members, device, [str(folder) for folder in folders])
 
     def options(
         self, beam_size: int | None = None, max_length: int | None = None, consensus: float | None = None

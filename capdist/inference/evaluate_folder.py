@@ -17,7 +17,6 @@ from capdist.errors import DataError, UsageError
 from capdist.inference.captioner import Captioner
 from capdist.inference.report import print_scores
 from capdist.metrics import TOKENISER
-from capdist.model_folder import TrainedModel
 from capdist.recipe_file import recipe_from_dict
 from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
 from capdist.training.launch import build_accelerator
@@ -31,6 +30,7 @@ def evaluate_folder(
     split: str,
     beam_size: int | None = None,
     consensus: float | None = None,
+    image_size: int | None = None,
     limit: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
@@ -47,6 +47,7 @@ def evaluate_folder(
         split: `train`, `validation` (or `dev`), a half of it (`dev-choose`, `dev-report`) or `test`.
         beam_size: Beams; None = as the model was validated.
         consensus: Its temperature; 0 = none, None = as the model was validated.
+        image_size: Pixels a side to which photos are squashed; None = as the model says.
         limit: First so many images.
         batch_size: Images captioned at once by one process.
         num_workers: Loader processes.
@@ -69,12 +70,12 @@ def evaluate_folder(
     if output is not None and not output.absolute().parent.is_dir():
         raise DataError(f"--output: {output.absolute().parent}: no such folder")
     accelerator = build_accelerator()
-    captioner = Captioner.from_pretrained([model, *others], accelerator.device)
+    captioner = Captioner.from_pretrained([model, *others], accelerator.device, image_size)
     rows = _read_split(data, split)
     trained, options = captioner.trained, captioner.options(beam_size, consensus=consensus)
     evaluator = Evaluator(accelerator, trained.vocabulary, trained.preprocessing, options, batch_size, num_workers)
     evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
-    result = _result(captioner.members, data, rows, options, evaluation)
+    result = _result(captioner, data, rows, options, evaluation)
     if accelerator.is_main_process:
         print_scores(f"{' + '.join([model, *others])}: {rows.name} split, {options}", evaluation.metrics)
         if output is not None:
@@ -91,19 +92,20 @@ def _read_split(data: DataSection, name: str) -> Split:
 
 
 def _result(
-    members: Sequence[TrainedModel], data: DataSection, split: Split, options: SearchOptions, evaluation: Evaluation
+    captioner: Captioner, data: DataSection, split: Split, options: SearchOptions, evaluation: Evaluation
 ) -> dict[str, Any]:
     references = {split.image_ids[row]: list(split.references[row]) for row in split.scored_rows}
     settings = {
         "split": split.name,
         "source": data.source,
+        "image_size": captioner.trained.preprocessing.image_size,
         "beam_size": options.beam_size,
         "search": {k: v for k, v in asdict(options).items() if not k.endswith(("_id", "_ids"))},
         "tokeniser": TOKENISER,
         "num_images": len(references),
         "num_references": sum(map(len, references.values())),
-        "model_sha256": members[0].digest,
-        "members_sha256": [member.digest for member in members],
+        "model_sha256": captioner.trained.digest,
+        "members_sha256": [member.digest for member in captioner.members],
         "capdist_version": __version__,
     }
     captions = [

@@ -148,6 +148,20 @@ def test_python_interface_takes_every_kind_of_image(trained: Path, photos: Path)
     np.testing.assert_allclose(attention.sum(dim=1).numpy(), 1, atol=1e-5)
 
 
+def test_photos_may_be_captioned_at_another_size(trained: Path, photos: Path) -> None:
+    captioner = Captioner.from_pretrained(trained / "model", image_size=96)
+    path = photos / "test_0002.png"
+    larger = Image.open(path).convert("RGB").resize((96, 96), Image.Resampling.BILINEAR)
+    of_file, of_larger = captioner.caption([path, larger], return_attention=True)
+    assert of_file.attention is not None
+    assert of_file.attention.shape[1] == (96 // 4) ** 2, "not a cell for every 4 x 4 pixels"
+    assert of_file.log_probability == pytest.approx(of_larger.log_probability)
+    command = ["-m", "capdist.cli", "caption", str(trained / "model"), str(path), "--json", "--image-size", "96"]
+    result = run(command)
+    check_finished(result)
+    assert json.loads(result.stdout)["log_probability"] == pytest.approx(of_file.log_probability, rel=1e-4)
+
+
 @pytest.mark.parametrize("arguments", [["nowhere.png"], ["."]])
 def test_caption_without_photos_exits_with_3(trained: Path, tmp_path: Path, arguments: list[str]) -> None:
     paths = [str(tmp_path / argument) for argument in arguments]
