@@ -148,9 +148,12 @@ def check(
 ) -> None:
     """Read every caption and every photo of a recipe once, and list what is wrong; exits with 3 if anything is."""
     from capdist.data.check_recipe import check_recipe
-    from capdist.recipe_file import load_recipe
+    from capdist.recipe_file import load_stages
+    from capdist.training.setup import check_networks
 
-    check_recipe(load_recipe(config, overrides or ()))
+    stages = load_stages(config, overrides or ())
+    check_networks(stages)
+    check_recipe(stages[0])
 
 
 @app.command()

@@ -185,8 +185,9 @@ class TrainingSection(Section):
     mixed_precision: Literal["inherit", "no", "bf16", "fp16"] = "inherit"
     """Precision of the arithmetic; `inherit` takes what `accelerate launch` was given."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Validate and keep an exponential moving average of the weights, of which each step keeps this share; null =
-    the weights as they are."""
+    """Validate and keep an exponential moving average of the weights, of which each step keeps this share,
+    but no more than (1 + t) / (10 + t) at step t: a run of fewer than 9 / (1 - ema_decay) steps averages about its last
+    tenth whatever this says. null = the weights as they are."""
     patience: Positive | None = None
     """Stop after so many validations without a better score; null = never."""
     log_every: Positive = 10
@@ -204,7 +205,8 @@ class ScstSection(Section):
     temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The vocabulary head is divided by it before the first step, so that below 1 the model draws more of what it
     finds probable. What label smoothing and dropout have taught is flat: undivided, its samples are far worse than its
-    greedy captions, and learning from them makes captions short and safe instead of good."""
+    greedy captions, and learning from them makes captions short and safe instead of good. Each run
+    that starts divides anew: to go on from a model of scst, set 1."""
     cider_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of CIDEr-D, 0…10, in the reward; document frequencies are those of the training split."""
     bleu_weight: Annotated[float, Field(ge=0)] = 0.0
@@ -318,9 +320,7 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
         yield "scst.samples: one sample has no others to be compared with; take 2 or more, or scst.baseline=greedy"
     if recipe.training.stage == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
         yield "encoder.batch_norm: scst learns with the statistics that it samples with; set frozen"
-    start_from, folder = recipe.training.start_from, os.path.abspath(recipe.run_folder)
-    if start_from is not None and Path(os.path.abspath(start_from)).is_relative_to(folder):
-        yield f"training.start_from: {start_from} is in the folder of this run, which writes there; change run.name"
+    yield from start_in_own_folder(recipe)
     if scst.temperature != 1 and decoder.tie_weights:
         yield "scst.temperature: changes the head, which decoder.tie_weights shares with the word vectors; set it to 1"
     if scst.cider_weight == scst.bleu_weight == 0:
@@ -342,6 +342,13 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
             f"encoder, found {'' if data.augments else 'no '}augmentation, encoder.cache={encoder.cache} and "
             f"encoder.trainable_from={encoder.trainable_from}"
         )
+
+
+def start_in_own_folder(recipe: Recipe) -> Iterator[str]:
+    """Yield the mistake of a run that would write over what it starts from."""
+    start_from, folder = recipe.training.start_from, os.path.abspath(recipe.run_folder)
+    if start_from is not None and Path(os.path.abspath(start_from)).is_relative_to(folder):
+        yield f"training.start_from: {start_from} is in the folder of this run, which writes there; change run.name"
 
 
 def recipe_keys() -> Iterable[tuple[str, str]]:

@@ -18,6 +18,7 @@ from typing import Any
 from capdist import __version__
 from capdist.config import DecoderSection, EncoderSection
 from capdist.data.images import Preprocessing
+from capdist.decoding import SearchOptions
 from capdist.errors import CapdistError, CheckpointError, StorageError
 from capdist.files import flush_to_disk
 from capdist.models.caption_model import CaptionModel, build_model
@@ -25,6 +26,7 @@ from capdist.text.vocabulary import Vocabulary
 
 FORMAT = 1
 SEARCH_KEYS = ("beam_size", "length_penalty", "no_repeat_ngram", "min_length", "consensus")
+"""Keys of `evaluation` that say how captions are searched; a model folder has them, older ones no `consensus`."""
 CONFIG, WEIGHTS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
 
 
@@ -40,7 +42,8 @@ class TrainedModel:
         decoder: Section of the recipe.
         max_length: Most words it was trained to write.
         search: Default search settings, those of `SEARCH_KEYS`.
-        metrics: What it scored, with `split`; empty if nobody measured.
+        metrics: What it scored, with `split`, and `chosen_on`, the split that it is the best epoch on; empty if nobody
+            measured.
         digest: SHA-256 of the weights file; empty if it never was in one.
     """
 
@@ -53,6 +56,27 @@ class TrainedModel:
     search: Mapping[str, Any]
     metrics: Mapping[str, Any]
     digest: str = ""
+
+
+def search_options(search: Mapping[str, Any], vocabulary: Vocabulary, max_length: int) -> SearchOptions:
+    """Return the search of a recipe or model folder.
+
+    Args:
+        search: Values by `SEARCH_KEYS`; other keys are of no account.
+        vocabulary: Of the model.
+        max_length: Most words in a caption.
+
+    Raises:
+        UsageError: as `SearchOptions`.
+    """
+    return SearchOptions(
+        **{key: search[key] for key in SEARCH_KEYS if key in search},
+        max_length=max_length,
+        pad_id=vocabulary.pad_id,
+        bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
+        suppressed_ids=vocabulary.suppressed_ids,
+    )
 
 
 def sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from capdist.config import Recipe, recipe_keys
+from capdist.config import Recipe, recipe_keys, start_in_own_folder
 from capdist.errors import UsageError, nearest
 
 
@@ -116,7 +116,13 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
         mistakes += _differences_between_stages(recipes, list(stages), places)
     if mistakes:
         raise UsageError(*dict.fromkeys(mistakes))
-    return _chain(recipes, list(stages))
+    chained = _chain(recipes, list(stages))
+    if mistakes := [f"stages: {mistake}" for recipe in chained for mistake in start_in_own_folder(recipe)]:
+        raise UsageError(*mistakes)
+    return chained
+
+
+_STARTS = "a stage starts from the one before; only the first may say"
 
 
 def _check_stages(stages: Any, places: Places, mistakes: list[str]) -> dict[str, dict[str, Any]]:
@@ -135,15 +141,25 @@ def _check_stages(stages: Any, places: Places, mistakes: list[str]) -> dict[str,
             mistakes.append(f"{place}: stages.{name}: expected sections of keys, found {_show(changes)}")
         elif name != next(iter(stages)) and "start_from" in ((changes or {}).get("training") or {}):
             place = places.get(("stages", name, "training", "start_from"), place)
-            mistakes.append(f"{place}: training.start_from: a stage starts from the one before; only the first may say")
+            mistakes.append(f"{place}: training.start_from: {_STARTS}")
         else:
             sound[name] = {section: keys or {} for section, keys in (changes or {}).items()}
     return sound
 
 
 def _overrides_of_no_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> list[str]:
-    names = [override.split(".")[1] for override in overrides if override.startswith("stages.")]
-    return [f"command line: stages.{n}: no such stage{nearest(n, list(stages))}" for n in names if n not in stages]
+    mistakes = []
+    for override in overrides:
+        if not override.startswith("stages."):
+            continue
+        _, name, *key = override.partition("=")[0].split(".")
+        if name not in stages:
+            mistakes.append(f"command line: stages.{name}: no such stage{nearest(name, list(stages))}")
+        elif not key:
+            mistakes.append(f"command line: {override!r} changes nothing; write stages.{name}.section.key=value")
+        elif key == ["training", "start_from"] and name != next(iter(stages)):
+            mistakes.append(f"command line: stages.{name}.{'.'.join(key)}: {_STARTS}")
+    return mistakes
 
 
 def _merge(

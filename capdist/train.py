@@ -73,15 +73,19 @@ def train(stages: Sequence[Recipe], *, resume: bool = False) -> TrainResult:
         CapdistError: the class says what kind of thing went wrong.
     """
     from capdist.training import launch
-    from capdist.training.setup import find_runs, refuse_to_overwrite
+    from capdist.training.setup import check_networks, find_runs, refuse_to_overwrite, refuse_to_skip
 
     accelerator = launch.build_accelerator(stages[0])
     folders = [stage.run_folder for stage in stages]
-    if not resume:  # now, not when the first stage is over
+    # Now, not when the first stage is over.
+    check_networks(stages[1:])
+    if not resume:
         refuse_to_overwrite(folders, accelerator)
     # Stages before the last one that began are over: it started from their best model.
     begun = find_runs(folders, accelerator)
-    for stage in stages[folders.index(begun[-1]) if begun else 0 :]:
+    first = folders.index(begun[-1]) if begun else 0
+    refuse_to_skip(stages[:first], accelerator)
+    for stage in stages[first:]:
         result = train_stage(accelerator, stage, resume=resume)
         launch.end_stage(accelerator)
     accelerator.end_training()
@@ -102,10 +106,11 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
     from capdist.data.images import Preprocessing
     from capdist.data.prepared import prepare
     from capdist.inference.report import final_report
+    from capdist.model_folder import search_options
     from capdist.training import launch
     from capdist.training.checkpoints import find_checkpoint
     from capdist.training.encoding import encode_splits
-    from capdist.training.evaluation import Evaluator, search_options
+    from capdist.training.evaluation import Evaluator
     from capdist.training.loop import Loop
     from capdist.training.optimization import build_optimizer
     from capdist.training.setup import build_network, describe_start, identify, refuse_to_overwrite, show_start
@@ -134,7 +139,7 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
                 features[encoded.split] = encoded.store
 
         model, optimizer = accelerator.prepare(model, optimizer)
-        options = search_options(recipe.evaluation, data.vocabulary, recipe.text.max_length)
+        options = search_options(recipe.evaluation.model_dump(), data.vocabulary, recipe.text.max_length)
         evaluator = Evaluator(
             accelerator, data.vocabulary, preprocessing, options, recipe.evaluation.batch_size, recipe.data.num_workers
         )

@@ -15,10 +15,9 @@ from capdist.benchmark.report import Row, Table
 from capdist.benchmark.workload import Workload, textbook
 from capdist.data.prepared import get_split, read_source
 from capdist.decoding import SearchOptions, search
-from capdist.model_folder import load_pretrained
+from capdist.model_folder import load_pretrained, search_options
 from capdist.text.vocabulary import Vocabulary
 from capdist.training.encoding import encode_splits
-from capdist.training.evaluation import search_options
 
 MADE_UP_LENGTH = 11
 """Words of a caption of the network with random weights: the mean of Flickr8k's."""
@@ -123,5 +122,5 @@ def _trained(work: Workload, folder: Path, num_images: int) -> tuple[Workload, T
     split = get_split(read_source(recipe.data), "validation")
     store = encode_splits(work.accelerator, model, trained.preprocessing, {split.name: split}, recipe)[0].store
     features = store.features(torch.arange(min(num_images, len(store)))).half().to(work.accelerator.device)
-    options = search_options(recipe.evaluation, trained.vocabulary, trained.max_length)
+    options = search_options(recipe.evaluation.model_dump(), trained.vocabulary, trained.max_length)
     return replace(work, recipe=recipe, model=model, preprocessing=trained.preprocessing), features, options

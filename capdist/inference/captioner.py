@@ -14,7 +14,7 @@ from torch import Tensor
 from capdist.data.images import open_photo, upright_rgb
 from capdist.decoding import SearchOptions, search
 from capdist.errors import CheckpointError, DataError, UsageError
-from capdist.model_folder import TrainedModel, load_pretrained
+from capdist.model_folder import TrainedModel, load_pretrained, search_options
 from capdist.models.ensemble import Ensemble
 from capdist.text.tokenizer import detokenize
 
@@ -95,8 +95,11 @@ class Captioner:
 
         Raises:
             CheckpointError, StorageError: as `load_pretrained`.
-            UsageError, CheckpointError: as `Captioner`.
+            UsageError: as `Captioner`, or `image_size` is not a number of pixels from 32 to 2048.
+            CheckpointError: as `Captioner`.
         """
+        if image_size is not None and not 32 <= image_size <= 2048:
+            raise UsageError(f"image_size: {image_size} pixels a side; can be 32 to 2048")
         folders = [folder_or_hub_id] if isinstance(folder_or_hub_id, str | Path) else folder_or_hub_id
         members = [load_pretrained(folder) for folder in folders]
         if image_size is not None:
@@ -107,20 +110,11 @@ class Captioner:
         self, beam_size: int | None = None, max_length: int | None = None, consensus: float | None = None
     ) -> SearchOptions:
         """Return the model's own search settings, with some replaced; `consensus` 0 is none."""
-        vocabulary, defaults = self.trained.vocabulary, self.trained.search
-        temperature = defaults.get("consensus") if consensus is None else consensus
-        return SearchOptions(
-            beam_size=beam_size if beam_size is not None else defaults["beam_size"],
-            max_length=max_length if max_length is not None else self.trained.max_length,
-            min_length=defaults["min_length"],
-            length_penalty=defaults["length_penalty"],
-            no_repeat_ngram=defaults["no_repeat_ngram"],
-            consensus=None if temperature == 0 else temperature,
-            pad_id=vocabulary.pad_id,
-            bos_id=vocabulary.bos_id,
-            eos_id=vocabulary.eos_id,
-            suppressed_ids=vocabulary.suppressed_ids,
-        )
+        asked = {"beam_size": beam_size, "consensus": consensus}
+        values = {**self.trained.search, **{key: value for key, value in asked.items() if value is not None}}
+        values["consensus"] = values.get("consensus") or None
+        longest = self.trained.max_length if max_length is None else max_length
+        return search_options(values, self.trained.vocabulary, longest)
 
     def caption(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,10 @@ def evaluate_folder(
     """
     section = {"source": source, "path": path, "limit": limit, "num_workers": num_workers}
     data = recipe_from_dict({"data": section}, "command line", overrides).data
+    if idle := [o for o in overrides if not re.match(r"data\.\w+_column=", o)]:
+        raise UsageError(
+            *(f"{o}: not for evaluating, which takes data.*_column; see the options of --help" for o in idle)
+        )
     if data.limit is not None and SPLIT_ALIASES.get(split, split) in (CHOOSE, REPORT):
         raise UsageError(
             f"--limit: {split} is half of all validation images, not of the first {data.limit}; leave it out"

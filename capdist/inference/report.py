@@ -43,7 +43,7 @@ def final_report(
     )
 
     def show() -> None:
-        update_metrics(replace(trained, metrics={"split": split.name, **evaluation.metrics}), folder)
+        update_metrics(replace(trained, metrics={**trained.metrics, "split": split.name, **evaluation.metrics}), folder)
         title = f"{recipe.run.name}: {split.name} split"
         print_scores(f"{title}, {evaluator.options}", evaluation.metrics, constant_baseline(data, split))
         show_samples(split, evaluation, recipe.run_folder / "samples.png", title)

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from capdist.config import Recipe
 from capdist.errors import CheckpointError
 from capdist.files import flush_to_disk
-from capdist.model_folder import sha256
+from capdist.model_folder import SEARCH_KEYS, sha256
 from capdist.training.averaging import WeightAverage
 from capdist.training.launch import Accelerator, on_main
 
@@ -87,7 +87,7 @@ FREE_KEYS = {
 }  # fmt: skip
 """Recipe keys that a resumed run may change, as it may `checkpoint`, `tracking`, and `evaluation` but for these:"""
 
-CHOOSING_KEYS = ("select_by", "halve_validation")
+CHOOSING_KEYS = ("select_by", "halve_validation", *SEARCH_KEYS)
 """Keys of `evaluation` without which the best score so far means nothing."""
 
 
@@ -229,7 +229,7 @@ def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Calla
     """
     mistakes = [
         f"{checkpoint}: {section}.{key} was {before!r}, now {after!r}; set it back, or start a run of its own"
-        for section, key, before, after in _recipe_differences(saved.recipe, now.recipe)
+        for section, key, before, after in recipe_differences(saved.recipe, now.recipe)
     ]
     if saved.num_processes != now.num_processes:
         mistakes.append(
@@ -252,16 +252,23 @@ def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Calla
             warn(f"resuming with {name} {now.versions.get(name)}, was {version}: close, but not bit-equal")
 
 
-def _recipe_differences(
-    saved: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]]
+def recipe_differences(
+    saved: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], may_change: Set[tuple[str, str]] = FREE_KEYS
 ) -> Iterator[tuple[str, str, Any, Any]]:
+    """Yield section, key and both values of what makes two resolved recipes different runs.
+
+    Args:
+        saved: As it was; a key that is missing had its default.
+        now: As it is.
+        may_change: Sections and keys that make no difference, besides those of `checkpoint`, `tracking` and most of
+            `evaluation`.
+    """
     defaults = Recipe().to_dict()
     for section in saved.keys() | now.keys():
-        # A key that is newer than the checkpoint had its default.
         before, after = defaults.get(section, {}) | saved.get(section, {}), now.get(section, {})
         for key in sorted(before.keys() | after.keys()):
             free = section in ("checkpoint", "tracking") or (section == "evaluation" and key not in CHOOSING_KEYS)
-            if before.get(key) != after.get(key) and not free and (section, key) not in FREE_KEYS:
+            if before.get(key) != after.get(key) and not free and (section, key) not in may_change:
                 yield section, key, before.get(key), after.get(key)
 
 

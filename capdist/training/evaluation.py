@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from capdist.config import EvaluationSection
 from capdist.data.batches import PhotoDataset
 from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing
@@ -125,19 +124,3 @@ class Evaluator:
             with self.accelerator.autocast():
                 features = model.encode(self.preprocessing.normalize(images.to(device)))
             yield batch_rows.tolist(), features
-
-
-def search_options(evaluation: EvaluationSection, vocabulary: Vocabulary, max_length: int) -> SearchOptions:
-    """Return the search that a recipe asks for."""
-    return SearchOptions(
-        beam_size=evaluation.beam_size,
-        length_penalty=evaluation.length_penalty,
-        no_repeat_ngram=evaluation.no_repeat_ngram,
-        consensus=evaluation.consensus,
-        min_length=evaluation.min_length,
-        max_length=max_length,
-        pad_id=vocabulary.pad_id,
-        bos_id=vocabulary.bos_id,
-        eos_id=vocabulary.eos_id,
-        suppressed_ids=vocabulary.suppressed_ids,
-    )

@@ -297,7 +297,7 @@ class Loop:
         self.state.stale_validations += 1
         if self.state.best_score is None or score > self.state.best_score:
             self.state.best_score, self.state.best_step, self.state.stale_validations = score, self.state.step, 0
-            self._keep_model({"split": split.name, **evaluation.metrics})
+            self._keep_model({"split": split.name, "chosen_on": split.name, **evaluation.metrics})
         shown = ", ".join(f"{n} {evaluation.metrics[n]:.3f}" for n in ("bleu_1", "bleu_4", "cider"))
         logger.info(f"step {self.state.step:,}: {split.name} {shown} ({seconds:.0f} s)")
         return time.perf_counter() - started

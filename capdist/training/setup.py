@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 
 from capdist import __version__
@@ -21,7 +22,7 @@ from capdist.errors import CheckpointError, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.checkpoints import Identity, load_weights
+from capdist.training.checkpoints import FREE_KEYS, Identity, load_weights, recipe_differences
 from capdist.training.launch import on_main
 from capdist.training.tracking import LOG
 
@@ -46,6 +47,42 @@ def refuse_to_overwrite(folders: Sequence[Path], accelerator: Accelerator) -> No
     if taken := find_runs(folders, accelerator):
         how = "continue it with --resume, choose another run.name, or delete the folder"
         raise UsageError(*(f"{folder}: already holds a run; {how}" for folder in taken))
+
+
+def refuse_to_skip(stages: Sequence[Recipe], accelerator: Accelerator) -> None:
+    """Refuse to go on behind stages that were not trained as the recipe says now.
+
+    Raises:
+        CheckpointError: with a line for each difference.
+    """
+    if mistakes := on_main(accelerator, lambda: [mistake for stage in stages for mistake in _not_as_trained(stage)]):
+        raise CheckpointError(*mistakes)
+
+
+def _not_as_trained(recipe: Recipe) -> Iterator[str]:
+    folder, lengths = recipe.run_folder, {("training", key) for key in ("epochs", "max_steps", "patience")}
+    if not (folder / "model").is_dir() or not (folder / "config.yaml").is_file():
+        yield (
+            f"{folder}: has no config.yaml and model/, though a later stage began, which needs this one; "
+            "restore the folder, or delete those of the later stages to train it"
+        )
+        return
+    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    for section, key, before, after in recipe_differences(saved, recipe.to_dict(), FREE_KEYS - lengths):
+        yield (
+            f"{folder}: this stage is over; {section}.{key} was {before!r}, now {after!r}; set it back "
+            f"(stages.NAME.{section}.{key} is for one stage), or choose another run.name"
+        )
+
+
+def check_networks(recipes: Sequence[Recipe]) -> None:
+    """Build the networks of recipes, without their weights.
+
+    Raises:
+        UsageError: as `build_model`.
+    """
+    for recipe in recipes:
+        build_model(recipe.encoder, recipe.decoder, vocab_size=len(Vocabulary(())), pad_id=0, load_weights=False)
 
 
 def identify(recipe: Recipe, data: PreparedData, model: CaptionModel, accelerator: Accelerator) -> Identity:
@@ -113,11 +150,17 @@ def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary, recipe:
         )
     if mistakes:
         raise CheckpointError(*mistakes)
-    if recipe.evaluation.halve_validation and trained.metrics.get("split") == "validation":
+    if recipe.evaluation.halve_validation and _chosen_on(trained) == "validation":
         logger.warning(
             f"training.start_from: {folder} was chosen on the whole validation split: dev-report tells nothing"
         )
     model.load_state_dict(trained.model.state_dict())
+
+
+def _chosen_on(trained: TrainedModel) -> str | None:
+    # Older folders say only what scored.
+    split: str | None = trained.metrics.get("chosen_on", trained.metrics.get("split"))
+    return split
 
 
 _OF_LAYERS = {

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from capdist import Captioner
+from capdist.errors import UsageError
 from capdist.model_folder import load_pretrained, save_pretrained
 from capdist.text.vocabulary import Vocabulary
 from tests.processes import REPOSITORY, SMALL, TRAIN, check_finished, launch, run
@@ -160,6 +161,27 @@ def test_photos_may_be_captioned_at_another_size(trained: Path, photos: Path) ->
     result = run(command)
     check_finished(result)
     assert json.loads(result.stdout)["log_probability"] == pytest.approx(of_file.log_probability, rel=1e-4)
+
+
+def test_a_split_may_be_scored_at_another_size(trained: Path, photos: Path, tmp_path: Path) -> None:
+    output, command = tmp_path / "scores.json", ["-m", "capdist.cli", "evaluate", str(trained / "model")]
+    command += ["--source", "folder", "--path", str(photos)]
+    # Without Java, whose METEOR takes longer than all the rest.
+    check_finished(run([*command, "--image-size", "96", "--output", str(output)], PATH=str(tmp_path)))
+    result = json.loads(output.read_text())
+    assert result["settings"]["image_size"] == 96
+    captioner = Captioner.from_pretrained(trained / "model", image_size=96)
+    files = [photos / f"test_{number:04d}.png" for number in range(10)]
+    assert [row["caption"] for row in result["captions"]] == [caption.text for caption in captioner.caption(files)]
+    refused = run([*command, "data.image_size=96", "data.captions_column=text"])
+    assert refused.returncode == 2
+    assert "data.image_size=96: not for evaluating" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("size", [0, 31, 4096])
+def test_a_size_that_makes_no_sense_is_refused(trained: Path, size: int) -> None:
+    with pytest.raises(UsageError, match=f"image_size: {size} pixels a side"):
+        Captioner.from_pretrained(trained / "model", image_size=size)
 
 
 @pytest.mark.parametrize("arguments", [["nowhere.png"], ["."]])

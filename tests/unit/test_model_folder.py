@@ -23,10 +23,9 @@ from capdist.config import DecoderSection, EncoderSection, EvaluationSection
 from capdist.data.images import Preprocessing
 from capdist.errors import CapdistError, CheckpointError, StorageError
 from capdist.inference.captioner import Captioner
-from capdist.model_folder import SEARCH_KEYS, TrainedModel, load_pretrained, save_pretrained
+from capdist.model_folder import SEARCH_KEYS, TrainedModel, load_pretrained, save_pretrained, search_options
 from capdist.models.caption_model import build_model
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.evaluation import search_options
 
 FILES = {"config.json", "model.safetensors", "vocabulary.json", "README.md"}
 WORDS = ["a", "red", "blue", "dog", "ball", "é", "runs", "<odd>"]
@@ -295,8 +294,8 @@ def test_consensus_travels_with_the_model_and_can_be_overruled(folder: Path) -> 
     _edit_config(folder, lambda config: config["search"].update(consensus=4.0))
     captioner = Captioner.from_pretrained(folder, "cpu")
     assert captioner.options().consensus == 4.0
-    validated = search_options(EvaluationSection(**captioner.trained.search), captioner.trained.vocabulary, 7)
-    assert validated == captioner.options()
+    validated = EvaluationSection(**captioner.trained.search).model_dump()
+    assert search_options(validated, captioner.trained.vocabulary, 7) == captioner.options()
     assert "consensus" in EvaluationSection().model_dump(include=set(SEARCH_KEYS))
     assert captioner.options(consensus=0).consensus is None
 

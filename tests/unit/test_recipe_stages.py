@@ -73,6 +73,34 @@ def test_an_override_may_be_for_one_stage(tmp_path: Path) -> None:
         load_stages(path, ["stages.rewad.scst.samples=7"])
 
 
+@pytest.mark.parametrize(
+    ("override", "found"),
+    [
+        ("stages.look", "changes nothing"),
+        ("stages.look=3", "changes nothing"),
+        ("stages.", "no such stage"),
+        ("stages.look.training=3", "is not an override"),
+        ("stages.look.training.start_from=old/model", "a stage starts from the one before"),
+    ],
+)
+def test_an_override_for_one_stage_that_cannot_take_effect_is_refused(
+    tmp_path: Path, override: str, found: str
+) -> None:
+    (mistake,) = _mistakes(tmp_path, RECIPE, override)
+    assert mistake.startswith("command line: ")
+    assert found in mistake
+
+
+def test_the_first_stage_may_say_what_it_starts_from(tmp_path: Path) -> None:
+    (first, *_) = load_stages(_write(tmp_path, RECIPE), ["stages.words.training.start_from=old/model"])
+    assert first.training.start_from == "old/model"
+
+
+def test_no_stage_starts_from_its_own_folder(tmp_path: Path) -> None:
+    (mistake,) = _mistakes(tmp_path, RECIPE, "training.start_from=there/photos-words/model")
+    assert mistake.startswith("stages: training.start_from: there/photos-words/model is in the folder of this run")
+
+
 def test_an_override_for_one_stage_cannot_change_what_a_model_is_made_of(tmp_path: Path) -> None:
     (mistake,) = _mistakes(tmp_path, RECIPE, "stages.look.run.seed=3")
     assert mistake == "command line: run.seed: must be the same in all stages; set it outside them"

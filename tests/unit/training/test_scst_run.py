@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from capdist.errors import CheckpointError, UsageError
 from capdist.inference import report
 from capdist.recipe_file import load_stages
 from capdist.train import train
@@ -91,9 +92,41 @@ def test_a_finished_stage_is_left_alone(run, tmp_path: Path) -> None:  # type: i
     run("run", "training.max_steps=1", recipe=recipe)
     shutil.rmtree(tmp_path / "run-a" / "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run-a").rglob("*")}
-    _, longer = run("run", "training.max_steps=2", recipe=recipe, resume=True)
+    more = ("training.max_steps=1", "stages.b.training.max_steps=2")
+    run("run", *more, recipe=recipe, resume=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run-a").rglob("*")} == before
     assert (tmp_path / "run" / "checkpoints" / "step_00000002").is_dir()
+
+
+def test_a_stage_that_did_not_happen_as_the_recipe_says_is_not_passed_over(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages:\n  a:\n  b:\n")
+    run("run", "training.max_steps=1", recipe=recipe)
+    with pytest.raises(CheckpointError, match="run-a: this stage is over; training.max_steps was 1, now 2"):
+        run("run", "training.max_steps=2", recipe=recipe, resume=True)
+    with pytest.raises(CheckpointError, match=r"run-a: .* data.batch_size was 4, now 2"):
+        run("run", "training.max_steps=1", "stages.a.data.batch_size=2", recipe=recipe, resume=True)
+    run("run", "training.max_steps=1", "training.log_every=3", recipe=recipe, resume=True)
+    recipe.write_text("stages:\n  a:\n  between:\n  b:\n")
+    with pytest.raises(CheckpointError, match="run-between: has no config.yaml and model/"):
+        run("run", "training.max_steps=1", recipe=recipe, resume=True)
+
+
+def test_a_block_that_a_later_stage_cannot_train_is_named_before_the_first_begins(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages:\n  a:\n  b:\n")
+    with pytest.raises(UsageError, match="layer4"):
+        run("run", "training.max_steps=1", "stages.b.encoder.trainable_from=layer4", recipe=recipe)
+    assert not list(tmp_path.glob("run*"))
+
+
+def test_the_model_that_is_kept_is_the_average(run) -> None:  # type: ignore[no-untyped-def]
+    folder, weights = run("run", "training.ema_decay=0.5", "training.max_steps=3", "evaluation.every_epochs=9")
+    average = load_file(folder / "checkpoints" / "step_00000003" / "average.safetensors")
+    kept = load_file(folder / "model" / "model.safetensors")
+    assert average.keys() == {name for name in kept if name.startswith(("decoder.", "projection."))}
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in average.items())
+    assert not any(torch.equal(tensor, weights[name]) for name, tensor in average.items())
 
 
 def test_samples_are_learned_by_the_network_that_drew_them(run) -> None:  # type: ignore[no-untyped-def]
