@@ -4,7 +4,8 @@
     python benchmarks/ablations.py --table
 
 Seed by seed, so that at any time all rows have about as many. It can be stopped: what is finished is not trained again,
-and what was cut off goes on from its last checkpoint. Epochs are chosen on `dev-choose`, the table is of `dev-report`.
+and what was cut off goes on from its last checkpoint. Epochs are chosen on `dev-choose`, the table is of `dev-report`,
+whether or not the data set has a test split.
 """
 
 from __future__ import annotations
@@ -23,19 +24,24 @@ from typing import Any
 
 import yaml
 
+from capdist.recipe_file import load_recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("bleu_1", "bleu_4", "cider")
 
 
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's log, none if there is none."""
-    log = folder / "log.jsonl"
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+def scores_of(folder: Path) -> dict[str, Any] | None:
+    """Return what a run that is over scored on `dev-report`."""
+    scores = folder / "dev-report.json"
+    return json.loads(scores.read_text(encoding="utf-8"))["metrics"] if scores.exists() else None
 
 
-def final_scores(folder: Path) -> dict[str, Any] | None:
-    """Return the final line of a run that is over."""
-    return next((line for line in read_log(folder) if line.get("final")), None)
+def check_settings(folder: Path, settings: Sequence[str]) -> None:
+    """Refuse to take a run for one with other settings, which end with the changes of its row."""
+    note = folder.with_suffix(".settings")
+    noted = note.read_text(encoding="utf-8").split("\n") if note.exists() else list(settings)
+    if noted[len(noted) - len(settings) :] != list(settings):
+        raise SystemExit(f"{folder}: was trained with other settings; delete it, or choose another --output-dir")
 
 
 def folder_of(output: Path, row: str, seed: int) -> Path:
@@ -44,21 +50,29 @@ def folder_of(output: Path, row: str, seed: int) -> Path:
 
 
 def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Namespace) -> None:
-    """Train one row with one seed, or what is left of it; its output goes into a file beside its folder."""
+    """Train one row with one seed, or what is left of it, and score it; a file beside its folder gets the output."""
     folder = folder_of(arguments.output_dir, row, seed)
-    if final_scores(folder):
+    settings = [f"training.epochs={arguments.epochs}", "evaluation.halve_validation=true", "tracking.with=[]"]
+    settings += [*arguments.overrides, *changes]
+    check_settings(folder, [str(arguments.config), *settings])
+    if scores_of(folder):
         return
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     own = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"run.threads={threads}"]
     program = ["--config_file", str(ROOT / "accelerate_config.yaml"), str(ROOT / "capdist" / "train.py")]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *program, "--config", str(arguments.config)]
-    settings = [f"training.epochs={arguments.epochs}", "evaluation.halve_validation=true", "tracking.with=[]"]
+    training = [sys.executable, "-m", "accelerate.commands.launch", *program, "--config", str(arguments.config)]
     folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.with_suffix(".settings").write_text("\n".join([str(arguments.config), *settings]), encoding="utf-8")
+    data = load_recipe(arguments.config, settings).data
+    scoring = [sys.executable, "-m", "capdist.cli", "evaluate", str(folder / "model"), "--split", "dev-report"]
+    scoring += ["--source", data.source, "--path", str(data.path), "--output", str(folder / "dev-report.json")]
     with folder.with_suffix(".out").open("a", encoding="utf-8") as out:
-        result = subprocess.run(
-            [*command, *settings, *arguments.overrides, *changes, *own, "--resume"],
-            stdout=out, stderr=out, check=False, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
+        for command in ([*training, *settings, *own, "--resume"], scoring):
+            result = subprocess.run(
+                command, stdout=out, stderr=out, check=False, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+            )
+            if result.returncode != 0:
+                break
     print(f"{folder.name}: {'done' if result.returncode == 0 else f'failed, see {out.name}'}", flush=True)
 
 
@@ -72,7 +86,12 @@ def table(rows: Mapping[str, Sequence[str]], output: Path, seeds: Sequence[int])
     """Return the table of what is there."""
     lines = ["| row | changes | seeds | BLEU-1 | BLEU-4 | CIDEr |", "| --- " * 6 + "|"]
     for row, changes in rows.items():
-        scores = [found for seed in seeds if (found := final_scores(folder_of(output, row, seed)))]
+        scores = []
+        for seed in seeds:
+            folder = folder_of(output, row, seed)
+            if found := scores_of(folder):
+                check_settings(folder, changes)
+                scores.append(found)
         if scores:
             figures = [mean_and_deviation([score[name] for score in scores]) for name in METRICS]
             shown = ", ".join(f"`{change}`" for change in changes)
