@@ -67,7 +67,7 @@ def train(context: typer.Context) -> None:
 def evaluate(
     model: Model,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="data.key=value", help="columns and the like, as in a recipe")
+        list[str] | None, typer.Argument(metavar="data.X_column=NAME", help="names of columns, as in a recipe")
     ] = None,
     *,
     source: Annotated[str, typer.Option(help="scenes, flickr8k, karpathy, hub or folder")],
