@@ -155,3 +155,9 @@ def _tell(code: int, mistakes: tuple[str, ...]) -> None:
         sys.stdout.flush()
     for mistake in mistakes:
         print(f"capdist: error: {mistake}", file=sys.stderr)  # noqa: T201
+
+
+def show_value(value: object) -> str:
+    """Return a wrong value and its type as messages show them, cut if it is long."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

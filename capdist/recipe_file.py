@@ -17,7 +17,15 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from capdist.config import Recipe, recipe_keys, start_in_own_folder
-from capdist.errors import UsageError, nearest
+from capdist.errors import UsageError, nearest, show_value
+from capdist.recipe_stages import (
+    Places,
+    chain_stages,
+    check_stages,
+    differences_between_stages,
+    merge_stage,
+    overrides_of_no_stage,
+)
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -99,10 +107,10 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
             _apply_override(values, places, override, mistakes)
         return [_validate(values, places, str(path), mistakes)]
     recipes: list[Recipe] = []
-    sound = _check_stages(stages, places, mistakes)
-    mistakes += _overrides_of_no_stage(overrides, stages)
+    sound = check_stages(stages, places, mistakes)
+    mistakes += overrides_of_no_stage(overrides, stages)
     for name, changes in sound.items():
-        of_stage, places_of_stage = _merge(values, places, name, changes)
+        of_stage, places_of_stage = merge_stage(values, places, name, changes)
         for override in overrides:
             if not override.startswith("stages."):
                 _apply_override(of_stage, places_of_stage, override, mistakes)
@@ -113,109 +121,12 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
         except UsageError as error:
             mistakes += error.mistakes
     if not mistakes:
-        mistakes += _differences_between_stages(recipes, list(stages), places)
+        mistakes += differences_between_stages(recipes, list(stages), places)
     if mistakes:
         raise UsageError(*dict.fromkeys(mistakes))
-    chained = _chain(recipes, list(stages))
+    chained = chain_stages(recipes, list(stages))
     if mistakes := [f"stages: {mistake}" for recipe in chained for mistake in start_in_own_folder(recipe)]:
         raise UsageError(*mistakes)
-    return chained
-
-
-_STARTS = "a stage starts from the one before; only the first may say"
-
-
-def _check_stages(stages: Any, places: Places, mistakes: list[str]) -> dict[str, dict[str, Any]]:
-    """Return the stages that make sense, telling of the others."""
-    place = places.get(("stages",), "recipe")
-    if not isinstance(stages, dict) or not stages:
-        raise UsageError(f"{place}: stages: names stages, each with sections of keys, found {_show(stages)}")
-    sound = {}
-    for name, changes in stages.items():
-        place = places.get(("stages", str(name)), place)
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w\-]*", name):
-            mistakes.append(f"{place}: stages.{name}: must be a name of letters, digits, '-' and '_'")
-        elif not isinstance(changes, dict | None) or not all(
-            isinstance(keys, dict | None) for keys in (changes or {}).values()
-        ):
-            mistakes.append(f"{place}: stages.{name}: expected sections of keys, found {_show(changes)}")
-        elif name != next(iter(stages)) and "start_from" in ((changes or {}).get("training") or {}):
-            place = places.get(("stages", name, "training", "start_from"), place)
-            mistakes.append(f"{place}: training.start_from: {_STARTS}")
-        else:
-            sound[name] = {section: keys or {} for section, keys in (changes or {}).items()}
-    return sound
-
-
-def _overrides_of_no_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> list[str]:
-    mistakes = []
-    for override in overrides:
-        if not override.startswith("stages."):
-            continue
-        _, name, *key = override.partition("=")[0].split(".")
-        if name not in stages:
-            mistakes.append(f"command line: stages.{name}: no such stage{nearest(name, list(stages))}")
-        elif not key:
-            mistakes.append(f"command line: {override!r} changes nothing; write stages.{name}.section.key=value")
-        elif key == ["training", "start_from"] and name != next(iter(stages)):
-            mistakes.append(f"command line: stages.{name}.{'.'.join(key)}: {_STARTS}")
-    return mistakes
-
-
-def _merge(
-    values: Mapping[str, Any], places: Places, stage: str, changes: Mapping[str, Any]
-) -> tuple[dict[str, Any], Places]:
-    merged: dict[str, Any] = copy.deepcopy(dict(values))
-    for section, keys in changes.items():
-        base = merged.get(section) or {}
-        merged[section] = {**base, **keys} if isinstance(base, dict) else base
-    above = ("stages", stage)
-    return merged, places | {place[2:]: where for place, where in places.items() if place[:2] == above and place[2:]}
-
-
-_KEYS_OF_STAGES = {
-    "data": {
-        "batch_size", "captions_per_image", "image_size", "num_workers", "random_crop", "horizontal_flip",
-        "color_jitter",
-    },
-    "encoder": {
-        "trainable_from", "batch_norm", "cache", "cache_views", "precision", "compile", "gradient_checkpointing",
-    },
-    "decoder": {"dropout", "feature_dropout", "state_dropout"},
-}  # fmt: skip
-_SECTIONS_OF_STAGES = ("training", "scst", "evaluation", "checkpoint")
-
-
-def _differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str], places: Places) -> list[str]:
-    """Return mistakes for keys in which stages differ although their models could not go on from each other."""
-    mistakes = []
-    first = recipes[0].to_dict()
-    for name, recipe in zip(names, recipes, strict=True):
-        for section, keys in recipe.to_dict().items():
-            for key, value in keys.items():
-                if not _may_differ(section, key) and value != first[section][key]:
-                    where = (("stages", stage, section, key) for stage in (name, *names))
-                    place = next((places[key] for key in where if key in places), "command line")
-                    mistakes.append(f"{place}: {section}.{key}: must be the same in all stages; set it outside them")
-    return mistakes
-
-
-def _may_differ(section: str, key: str) -> bool:
-    if section in _SECTIONS_OF_STAGES:
-        # Halves that come later would report photos on which the model was chosen.
-        return (section, key) not in (("training", "mixed_precision"), ("evaluation", "halve_validation"))
-    return key in _KEYS_OF_STAGES.get(section, ())
-
-
-def _chain(recipes: Sequence[Recipe], names: Sequence[str]) -> list[Recipe]:
-    chained: list[Recipe] = []
-    for index, (name, recipe) in enumerate(zip(names, recipes, strict=True)):
-        run, training = recipe.run, recipe.training
-        if index < len(recipes) - 1:
-            run = run.model_copy(update={"name": f"{run.name}-{name}"})
-        if chained:
-            training = training.model_copy(update={"start_from": str(chained[-1].run_folder / "model")})
-        chained.append(recipe.model_copy(update={"run": run, "training": training}))
     return chained
 
 
@@ -238,9 +149,6 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence
     for override in overrides:
         _apply_override(changed, places, override, mistakes)
     return _validate(changed, places, origin, mistakes)
-
-
-Places = dict[tuple[str, ...], str]
 
 
 def _read_yaml(path: Path, mistakes: list[str]) -> tuple[dict[str, Any], Places]:
@@ -271,7 +179,7 @@ def _read_yaml(path: Path, mistakes: list[str]) -> tuple[dict[str, Any], Places]
     if values is None:
         return {}, {}
     if not isinstance(values, dict):
-        raise UsageError(f"{path}: a recipe is sections of keys, found {_show(values)}")
+        raise UsageError(f"{path}: a recipe is sections of keys, found {show_value(values)}")
     places: Places = {}
     assert root is not None
     _collect_places(root, (), path, places, mistakes)
@@ -380,8 +288,8 @@ def _explain(details: ErrorDetails, places: Places, origin: str) -> str:
     if details["type"] == "extra_forbidden":
         return f"{place}: {name}: unknown key{_suggest(key)}"
     if details["type"] == "model_type":
-        return f"{place}: {name}: expected a section of keys, found {_show(details['input'])}"
-    return f"{place}: {name}: {_reason(details)}, found {_show(details['input'])}"
+        return f"{place}: {name}: expected a section of keys, found {show_value(details['input'])}"
+    return f"{place}: {name}: {_reason(details)}, found {show_value(details['input'])}"
 
 
 def _suggest(key: tuple[str, ...]) -> str:
@@ -402,8 +310,3 @@ def _reason(details: ErrorDetails) -> str:
     message = re.sub(r"^String should match pattern .*", "letters, digits, '.', '-' and '_' only", message)
     message = re.sub(r"^String should have at least 1 character$", "some text", message)
     return f"must be {message}"
-
-
-def _show(value: object) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "capdist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    ("errors", "files", "processor"), ("config", "recipe_file"), ("text",), ("data",), ("models",), ("decoding",),
-    ("metrics",), ("model_folder",), ("training",), ("inference", "benchmark"), ("launcher", "cli", "train"),
+    ("errors", "files", "processor"), ("config", "recipe_stages", "recipe_file"), ("text",), ("data",), ("models",),
+    ("decoding",), ("metrics",), ("model_folder",), ("training",), ("inference", "benchmark"), ("launcher", "cli", "train"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

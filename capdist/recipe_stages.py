@@ -1,0 +1,113 @@
+"""Stages of a recipe: what each may change, and how one goes on from the one before."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from capdist.config import Recipe
+from capdist.errors import UsageError, nearest, show_value
+
+Places = dict[tuple[str, ...], str]
+"""Where each key of a recipe is from: file and line, or the command line."""
+
+_STARTS = "a stage starts from the one before; only the first may say"
+
+
+def check_stages(stages: Any, places: Places, mistakes: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the stages that make sense, telling of the others."""
+    place = places.get(("stages",), "recipe")
+    if not isinstance(stages, dict) or not stages:
+        raise UsageError(f"{place}: stages: names stages, each with sections of keys, found {show_value(stages)}")
+    sound = {}
+    for name, changes in stages.items():
+        place = places.get(("stages", str(name)), place)
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w\-]*", name):
+            mistakes.append(f"{place}: stages.{name}: must be a name of letters, digits, '-' and '_'")
+        elif not isinstance(changes, dict | None) or not all(
+            isinstance(keys, dict | None) for keys in (changes or {}).values()
+        ):
+            mistakes.append(f"{place}: stages.{name}: expected sections of keys, found {show_value(changes)}")
+        elif name != next(iter(stages)) and "start_from" in ((changes or {}).get("training") or {}):
+            place = places.get(("stages", name, "training", "start_from"), place)
+            mistakes.append(f"{place}: training.start_from: {_STARTS}")
+        else:
+            sound[name] = {section: keys or {} for section, keys in (changes or {}).items()}
+    return sound
+
+
+def overrides_of_no_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> list[str]:
+    """Return mistakes for overrides of one stage that could not take effect."""
+    mistakes = []
+    for override in overrides:
+        if not override.startswith("stages."):
+            continue
+        _, name, *key = override.partition("=")[0].split(".")
+        if name not in stages:
+            mistakes.append(f"command line: stages.{name}: no such stage{nearest(name, list(stages))}")
+        elif not key:
+            mistakes.append(f"command line: {override!r} changes nothing; write stages.{name}.section.key=value")
+        elif key == ["training", "start_from"] and name != next(iter(stages)):
+            mistakes.append(f"command line: stages.{name}.{'.'.join(key)}: {_STARTS}")
+    return mistakes
+
+
+def merge_stage(
+    values: Mapping[str, Any], places: Places, stage: str, changes: Mapping[str, Any]
+) -> tuple[dict[str, Any], Places]:
+    """Return the values of a stage, and where they are from."""
+    merged: dict[str, Any] = copy.deepcopy(dict(values))
+    for section, keys in changes.items():
+        base = merged.get(section) or {}
+        merged[section] = {**base, **keys} if isinstance(base, dict) else base
+    above = ("stages", stage)
+    return merged, places | {place[2:]: where for place, where in places.items() if place[:2] == above and place[2:]}
+
+
+_KEYS_OF_STAGES = {
+    "data": {
+        "batch_size", "captions_per_image", "image_size", "num_workers", "random_crop", "horizontal_flip",
+        "color_jitter",
+    },
+    "encoder": {
+        "trainable_from", "batch_norm", "cache", "cache_views", "precision", "compile", "gradient_checkpointing",
+    },
+    "decoder": {"dropout", "feature_dropout", "state_dropout"},
+}  # fmt: skip
+_SECTIONS_OF_STAGES = ("training", "scst", "evaluation", "checkpoint")
+
+
+def differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str], places: Places) -> list[str]:
+    """Return mistakes for keys in which stages differ although their models could not go on from each other."""
+    mistakes = []
+    first = recipes[0].to_dict()
+    for name, recipe in zip(names, recipes, strict=True):
+        for section, keys in recipe.to_dict().items():
+            for key, value in keys.items():
+                if not _may_differ(section, key) and value != first[section][key]:
+                    where = (("stages", stage, section, key) for stage in (name, *names))
+                    place = next((places[key] for key in where if key in places), "command line")
+                    mistakes.append(f"{place}: {section}.{key}: must be the same in all stages; set it outside them")
+    return mistakes
+
+
+def _may_differ(section: str, key: str) -> bool:
+    if section in _SECTIONS_OF_STAGES:
+        # Halves that come later would report photos on which the model was chosen.
+        return (section, key) not in (("training", "mixed_precision"), ("evaluation", "halve_validation"))
+    return key in _KEYS_OF_STAGES.get(section, ())
+
+
+def chain_stages(recipes: Sequence[Recipe], names: Sequence[str]) -> list[Recipe]:
+    """Give each stage its run name, and the model of the one before it to start from."""
+    chained: list[Recipe] = []
+    for index, (name, recipe) in enumerate(zip(names, recipes, strict=True)):
+        run, training = recipe.run, recipe.training
+        if index < len(recipes) - 1:
+            run = run.model_copy(update={"name": f"{run.name}-{name}"})
+        if chained:
+            training = training.model_copy(update={"start_from": str(chained[-1].run_folder / "model")})
+        chained.append(recipe.model_copy(update={"run": run, "training": training}))
+    return chained
