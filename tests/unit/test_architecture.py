@@ -16,7 +16,8 @@ PACKAGE = REPOSITORY / "capdist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "files", "processor"), ("config", "recipe_stages", "recipe_file"), ("text",), ("data",), ("models",),
-    ("decoding",), ("metrics",), ("model_folder",), ("training",), ("inference", "benchmark"), ("launcher", "cli", "train"),
+    ("decoding",), ("metrics",), ("model_folder",), ("training",), ("inference", "benchmark"),
+    ("launcher", "cli", "train"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
