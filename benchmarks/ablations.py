@@ -1,8 +1,10 @@
-"""What an option is worth: train every row of `benchmarks/ablations.yaml` with several seeds, and print the table.
+"""What an option is worth: train every row of a file of rows with several seeds, and print the table.
 
-    python benchmarks/ablations.py data.path=/where/flickr8k/is [--seeds 0 1 2] [--jobs 2] [section.key=value …]
-    python benchmarks/ablations.py --table
+    python benchmarks/ablations.py ROWS --config RECIPE [--seeds 0 1 2] [--jobs 2] [section.key=value …]
+    python benchmarks/ablations.py ROWS --table
 
+The files are `benchmarks/ablations_*.yaml`, one for each stage of training; each begins with its command. In overrides
+`{seed}` stands for the seed, so that each seed of a stage starts from its own model of the stage before.
 Seed by seed, so that at any time all rows have about as many. It can be stopped: what is finished is not trained again,
 and what was cut off goes on from its last checkpoint. Epochs are chosen on `dev-choose`, the table is of `dev-report`,
 whether or not the data set has a test split.
@@ -52,8 +54,8 @@ def folder_of(output: Path, row: str, seed: int) -> Path:
 def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Namespace) -> None:
     """Train one row with one seed, or what is left of it, and score it; a file beside its folder gets the output."""
     folder = folder_of(arguments.output_dir, row, seed)
-    settings = [f"training.epochs={arguments.epochs}", "evaluation.halve_validation=true", "tracking.with=[]"]
-    settings += [*arguments.overrides, *changes]
+    settings = ["evaluation.halve_validation=true", "tracking.with=[]"]
+    settings += [*(text.replace("{seed}", str(seed)) for text in arguments.overrides), *changes]
     check_settings(folder, [str(arguments.config), *settings])
     if scores_of(folder):
         return
@@ -102,19 +104,20 @@ def table(rows: Mapping[str, Sequence[str]], output: Path, seeds: Sequence[int])
 def main() -> None:
     """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "flickr8k_frozen.yaml")
-    parser.add_argument("--rows", type=Path, default=ROOT / "benchmarks" / "ablations.yaml")
+    parser.add_argument("rows", type=Path, metavar="ROWS", help="YAML file: names of rows, and what each changes")
+    parser.add_argument("--config", type=Path, help="recipe that the rows change")
     parser.add_argument("--only", nargs="+", help="names of rows; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the processor's cores")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/ablations"), help="default: %(default)s")
     parser.add_argument("--table", action="store_true", help="train nothing")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for all rows")
     arguments = parser.parse_intermixed_args()
     rows: dict[str, list[str]] = yaml.safe_load(arguments.rows.read_text(encoding="utf-8"))
     if unknown := [row for row in arguments.only or () if row not in rows]:
         parser.error(f"--only: no row {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, rows))}")
+    if arguments.config is None and not arguments.table:
+        parser.error("--config: which recipe do the rows change?")
     if arguments.only:
         rows = {row: rows[row] for row in arguments.only}
     if not arguments.table:

@@ -44,8 +44,8 @@ def test_rows_are_means_and_deviations_of_the_seeds_there_are(ablations: ModuleT
 def test_a_score_is_not_taken_for_that_of_other_settings(tmp_path: Path) -> None:
     _score(tmp_path / "runs", "no_gate-0", "decoder.gate=false", 0.45)
     (tmp_path / "rows.yaml").write_text("no gate: [decoder.gate=true]\n")
-    places = ["--rows", str(tmp_path / "rows.yaml"), "--output-dir", str(tmp_path / "runs"), "--seeds", "0"]
-    for more in (["--table"], []):
+    places = [str(tmp_path / "rows.yaml"), "--output-dir", str(tmp_path / "runs"), "--seeds", "0"]
+    for more in (["--table"], ["--config", "configs/scenes.yaml"]):
         result = run(["benchmarks/ablations.py", *places, *more])
         assert result.returncode == 1
         assert result.stderr.splitlines()[-1].startswith(f"{tmp_path}/runs/no_gate-0: was trained with other settings")
