@@ -103,8 +103,7 @@ class StoreWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._features = np.lib.format.open_memmap(folder / FEATURES, mode="r+")
-        self._done = np.lib.format.open_memmap(folder / DONE, mode="r+")
+        self._features, self._done = _RowFile(folder / FEATURES), _RowFile(folder / DONE)
         self._unmarked: list[NDArray[np.int64]] = []
         self._flushed_s = time.monotonic()
 
@@ -112,7 +111,11 @@ class StoreWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.flush()
+        try:
+            self.flush()
+        finally:
+            self._features.close()
+            self._done.close()
 
     def put(self, rows: Tensor, features: Tensor) -> None:
         """Write features (B, N, C) of rows (B,), and from time to time `flush`.
@@ -120,7 +123,7 @@ class StoreWriter:
         Raises:
             OSError: if the disk fails.
         """
-        self._features[rows.numpy()] = features.to(torch.float16).cpu().numpy()
+        self._features.write(rows.numpy(), features.to(torch.float16).cpu().numpy())
         self._unmarked.append(rows.numpy())
         # Waiting for the disk after each batch would cost more than encoding a few of them again.
         if time.monotonic() - self._flushed_s >= FLUSH_EVERY_S:
@@ -132,12 +135,39 @@ class StoreWriter:
         Raises:
             OSError: if the disk fails.
         """
-        if self._unmarked:
+        rows, self._unmarked = self._unmarked, []  # if this fails they never will be: a system reports a loss once
+        if rows:
             self._features.flush()
-            self._done[np.concatenate(self._unmarked)] = 1
+            marked = np.concatenate(rows)
+            self._done.write(marked, np.ones(len(marked), np.uint8))
             self._done.flush()
-            self._unmarked.clear()
         self._flushed_s = time.monotonic()
+
+
+class _RowFile:
+    """Rows of a `.npy` file, written where they belong.
+
+    Not through a map: a machine writes whole pages of it back, and on a shared disk with them its idea of the rows
+    beside its own; and where a disk fails, a map kills the process instead of raising an error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        array = np.lib.format.open_memmap(path, mode="r")
+        self._start, self._row_bytes = array.offset, array.strides[0]
+        self._file = path.open("r+b", buffering=0)
+
+    def write(self, rows: NDArray[np.int64], values: NDArray[Any]) -> None:
+        for row, value in zip(rows.tolist(), np.ascontiguousarray(values), strict=True):
+            waiting, offset = value.tobytes(), self._start + row * self._row_bytes
+            while waiting:
+                written = os.pwrite(self._file.fileno(), waiting, offset)
+                waiting, offset = waiting[written:], offset + written
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def claim_store(

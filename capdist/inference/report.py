@@ -76,13 +76,13 @@ def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Ma
             if constant:
                 row.append(f"{constant[1][key]:.4f}" if key in constant[1] else "-")
             table.add_row(*row)
-    console = Console()
-    console.print(title, highlight=False)  # a title of the table would be broken to its width
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(title)  # a title of the table would be broken to its width
     console.print(table)
     if constant:
-        console.print(f"constant caption: “{constant[0]}”", highlight=False)
+        console.print(f"constant caption: “{constant[0]}”")
     if metrics.get("meteor_reason"):
-        console.print(f"meteor: {metrics['meteor_reason']}", highlight=False)
+        console.print(f"meteor: {metrics['meteor_reason']}")
 
 
 def show_samples(split: Split, evaluation: Evaluation, path: Path, title: str) -> None:
@@ -91,14 +91,14 @@ def show_samples(split: Split, evaluation: Evaluation, path: Path, title: str) -
 
     rows = split.scored_rows
     rows = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES]
-    console = Console()
+    console = Console(highlight=False, markup=False, emoji=False)
     for row in rows:
         image_id = split.image_ids[row]
-        console.print(f"{image_id}: {evaluation.captions[image_id]}", highlight=False)
+        console.print(f"{image_id}: {evaluation.captions[image_id]}")
     save_samples(
         [open_photo(split.photos[row]) for row in rows],
         [evaluation.captions[split.image_ids[row]] for row in rows],
         path,
         title,
     )
-    console.print(f"pictures: {path}", highlight=False)
+    console.print(f"pictures: {path}")

@@ -204,7 +204,7 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
         raise UsageError(
             f"encoder.weights: {weights!r} is neither a file nor known for {name}{nearest(weights, choices)}"
         )
-    state: dict[str, Tensor] = known[weights].get_state_dict(progress=True, check_hash=True)
+    state: dict[str, Tensor] = known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
     return state
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Set
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from capdist.config import Recipe
 from capdist.errors import CheckpointError
-from capdist.files import flush_to_disk
+from capdist.files import staged_folder
 from capdist.model_folder import SEARCH_KEYS, sha256
 from capdist.training.averaging import WeightAverage
 from capdist.training.launch import Accelerator, on_main
@@ -44,6 +43,7 @@ class TrainState:
         best_score: Best validation score so far.
         best_step: Where it was reached.
         stale_validations: Validations since then.
+        validated_step: Of the newest validation.
         scaler: State of fp16 loss scaling.
     """
 
@@ -51,6 +51,7 @@ class TrainState:
     best_score: float | None = None
     best_step: int | None = None
     stale_validations: int = 0
+    validated_step: int | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -112,10 +113,7 @@ def save_checkpoint(
         average: Of the weights, if the run has one.
     """
     final = folder / f"step_{state.step:08d}"
-    staging = folder / f".tmp_{final.name}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with staged_folder(final, folder / f".tmp_{final.name}") as staging:
         save_model(model, str(staging / MODEL))
         save_file(_flatten(optimizer.state_dict()["state"]), str(staging / OPTIMIZER))
         if average is not None:
@@ -124,17 +122,9 @@ def save_checkpoint(
         (staging / STATE).write_text(json.dumps({"state": asdict(state), "identity": asdict(identity)}, indent=1))
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (*staging.iterdir(), staging):
-            flush_to_disk(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(staging, final)
-        for path in _newest_first(folder):
-            if path.name > final.name:  # a damaged one that the run went back past; pruning must not prefer it
-                shutil.rmtree(path, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    flush_to_disk(folder)
+    for path in _newest_first(folder):
+        if path.name > final.name:  # a damaged one that the run went back past; pruning must not prefer it
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -142,7 +132,7 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what killed runs left half-written."""
     for path in [*_newest_first(folder)][keep:]:
         shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".tmp_step_*"):
+    for path in (*folder.glob(".tmp_step_*"), *folder.glob(".old_step_*")):
         shutil.rmtree(path, ignore_errors=True)
 
 

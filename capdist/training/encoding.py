@@ -36,6 +36,7 @@ from capdist.data.images import Preprocessing
 from capdist.data.loaders import photo_batches
 from capdist.data.photo_digests import digest_photos
 from capdist.data.prepared import Split
+from capdist.errors import StorageError
 from capdist.models.caption_model import CaptionModel
 from capdist.models.encoder_pass import EncoderPass, encoder_precision
 from capdist.training.compiling import CompilingEncoder
@@ -45,6 +46,7 @@ from capdist.training.stopping import StopSignals
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
+_SHARED = "all machines of a run need run.output_dir on one shared disk"
 
 
 @dataclass(frozen=True)
@@ -135,8 +137,13 @@ class _SplitEncoder:
             if missing:
                 self._fill(folder, split.name, dataset, missing)
             self._stop_if_told()
+            self._check_whole(folder)
         seconds = time.perf_counter() - started_s
         return Encoded(split.name, FeatureStore.open(folder), folder, _unit(dataset), num_present, seconds)
+
+    def _check_whole(self, folder: Path) -> None:
+        if lacking := on_main(self.accelerator, lambda: len(missing_rows(folder))):
+            raise StorageError(f"{folder}: lacks {lacking:,} rows that other processes wrote; {_SHARED}")
 
     def _describe(self, views: Views) -> dict[str, Any]:
         augmentation = self.recipe.data.model_dump(include={"random_crop", "horizontal_flip", "color_jitter"})
@@ -198,9 +205,12 @@ class _SplitEncoder:
         raise_together(error)
 
     def _open(self, folder: Path) -> StoreWriter:
-        writer, error = None, None
+        writer: StoreWriter | None = None
+        error: Exception | None = None
         try:
             writer = StoreWriter(folder)
+        except FileNotFoundError as missing:
+            error = StorageError(f"{missing.filename}: not there, though the main process made it; {_SHARED}")
         except OSError as caught:
             error = caught
         raise_together(error)

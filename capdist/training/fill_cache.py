@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from rich.console import Console
 
 from capdist.config import Recipe
-from capdist.data.captions import seed_of
 from capdist.data.images import Preprocessing
-from capdist.data.prepared import get_splits, read_source
+from capdist.data.prepared import prepare
 from capdist.errors import UsageError
-from capdist.models.caption_model import build_model
-from capdist.text.vocabulary import Vocabulary
 from capdist.training.encoding import Encoded, encode_splits
 from capdist.training.launch import build_accelerator
+from capdist.training.setup import build_network
 
 
 def fill_cache(recipe: Recipe) -> list[Encoded]:
@@ -26,22 +23,19 @@ def fill_cache(recipe: Recipe) -> list[Encoded]:
 
     Raises:
         UsageError: if such a run would not use the cache.
+        CheckpointError: if training.start_from does not fit the recipe.
         DataError, OSError, Stopped: as `encode_splits`.
     """
     if not recipe.caches_features:
         raise UsageError(_why_not(recipe))
     logging.basicConfig(format="%(message)s")
     accelerator = build_accelerator(recipe)
-    loaded = read_source(recipe.data)
-    splits = get_splits(loaded, recipe.evaluation.halve_validation)
-    # As in training: encoder.weights=none is drawn from the same seed. The decoder is not used.
-    torch.manual_seed(seed_of(recipe.run.seed, "weights"))
-    model = build_model(recipe.encoder, recipe.decoder, vocab_size=len(Vocabulary([])), pad_id=Vocabulary.pad_id)
-    model = model.to(accelerator.device)
+    data = prepare(recipe)
+    model = build_network(recipe, data.vocabulary).to(accelerator.device)
     preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
-    encoded = encode_splits(accelerator, model, preprocessing, splits, recipe)
+    encoded = encode_splits(accelerator, model, preprocessing, data.splits, recipe)
     if accelerator.is_main_process:
-        console = Console(highlight=False)
+        console = Console(highlight=False, markup=False, emoji=False)
         for one in encoded:
             console.print(describe(one), soft_wrap=True)
     accelerator.end_training()

@@ -228,6 +228,9 @@ class Loop:
                     raise signals.stopped(
                         self.accelerator, f"after step {self.state.step}; checkpoint saved, --resume continues"
                     )
+        if self.state.validated_step != self.state.step:  # resumed with no step left: it was to be longer
+            self._validate(tracking)
+            self._saved_step = 0
         if self._saved_step != self.state.step:
             self._save()  # patience ended the run between two checkpoints
         return self.state
@@ -281,6 +284,7 @@ class Loop:
     def _validate_weights(self, tracking: Tracking) -> float:
         """Score the model, keep it if it is the best so far, and return the seconds this took."""
         started = time.perf_counter()
+        self.state.validated_step = self.state.step
         split = self.data.choosing
         if split is None:
             self._keep_model({})  # nothing to choose by: the newest is the best

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from accelerate import Accelerator
 
 from capdist.config import Recipe
+from capdist.files import write_atomically
 
 LOG = "log.jsonl"
 logger = logging.getLogger(__name__)
@@ -84,9 +85,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if _is_until(line, step)]
-        staging = path.with_name(f".tmp_{path.name}")
-        staging.write_text("".join(kept) if step else "", encoding="utf-8")
-        os.replace(staging, path)
+        write_atomically(path, "".join(kept) if step else "")
 
 
 def _is_until(line: str, step: int) -> bool:

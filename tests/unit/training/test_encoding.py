@@ -25,7 +25,7 @@ from capdist.data.batches import PhotoDataset, build_views
 from capdist.data.features import FeatureStore, StoreWriter, missing_rows
 from capdist.data.images import Preprocessing
 from capdist.data.prepared import get_split, read_source
-from capdist.errors import DataError, Stopped
+from capdist.errors import DataError, Stopped, StorageError
 from capdist.files import try_lock
 from capdist.inference import report
 from capdist.models.caption_model import CaptionModel, build_model
@@ -209,6 +209,7 @@ def test_a_full_disk_leaves_nothing_half_made(arguments: list[str], tmp_path: Pa
 def test_a_stopped_pass_goes_on_where_it_was(
     arguments: list[str], tmp_path: Path, encoded_rows: list[int], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
+    before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         _signal_at_batch(patch, number, batch=2)
         with pytest.raises(Stopped, match=rf"signal {int(number)} .*are kept, and the same command goes on") as caught:
@@ -221,7 +222,7 @@ def test_a_stopped_pass_goes_on_where_it_was(
     assert encoded_rows == [*range(10), *range(5)]
     straight = _encode(_recipe(arguments, f"run.output_dir={tmp_path / 'straight'}"))[0]
     assert torch.equal(_all(train_split.store), _all(straight.store))
-    assert signal.getsignal(number) is not None
+    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize("batch", [4, 5])
@@ -248,6 +249,15 @@ def test_a_signal_is_heard_while_photos_are_read_for_the_first_time(arguments: l
     with pytest.raises(Stopped):
         encode_splits(build_accelerator(recipe), *_model(recipe), {"train": split}, recipe)
     assert not any((tmp_path / "runs").glob(".features/*/features.npy"))
+
+
+def test_rows_that_never_came_are_noticed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a machine that wrote them to a disk of its own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "put", lambda *_: None)
+        with pytest.raises(StorageError, match="lacks 10 rows .* one shared disk"):
+            _encode(_recipe(arguments))
+    assert _encode(_recipe(arguments))[0].num_present == 0
 
 
 def test_a_broken_photo_costs_no_other(arguments: list[str], drawn: Path, tmp_path: Path) -> None:

@@ -1,19 +1,22 @@
-"""Self-critical runs as a whole: on-policy whatever the recipe's dropout, and refused without what they need."""
+"""Short runs as a whole: self-critical ones are on-policy, stages go on from each other, and each ends with a model."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from capdist.errors import CheckpointError, UsageError
+from capdist.errors import CheckpointError, Stopped, UsageError
 from capdist.inference import report
-from capdist.recipe_file import load_stages
+from capdist.recipe_file import load_recipe, load_stages
 from capdist.train import train
+from capdist.training.fill_cache import fill_cache
+from capdist.training.loop import Loop
 from tests.conftest import draw_photos, reset_accelerate
 from tests.processes import SMALL
 
@@ -137,3 +140,31 @@ def test_samples_are_learned_by_the_network_that_drew_them(run) -> None:  # type
     _, other = run("other", *scst, "decoder.dropout=0.0", "scst.samples=4")
     assert all(torch.equal(tensor, dropped[name]) for name, tensor in plain.items())
     assert not all(torch.equal(tensor, other[name]) for name, tensor in plain.items())
+
+
+def test_features_made_ahead_are_those_of_the_model_that_a_run_starts_from(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    trains = ("encoder.trainable_from=layer1", "training.learning_rate=1e-3")
+    start, _ = run("start", "training.max_steps=1", *trains)
+    folder, _ = run("one", f"training.start_from={start / 'model'}", "training.max_steps=1")
+    stores = sorted((tmp_path / ".features").glob("*/features.npy"))
+    shutil.rmtree(tmp_path / ".features")
+    reset_accelerate()
+    fill_cache(load_recipe(folder / "config.yaml"))
+    assert sorted((tmp_path / ".features").glob("*/features.npy")) == stores
+
+
+def test_a_run_resumed_with_no_step_left_still_ends_with_a_model(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell_to_stop(loop: Loop, *_: object) -> None:
+        if loop.state.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Loop, "_log_training", tell_to_stop)
+    with pytest.raises(Stopped, match="after step 2"):
+        run("short", "training.max_steps=9", "training.log_every=1", "evaluation.every_epochs=9")
+    assert not (tmp_path / "short" / "model").exists()
+    folder, weights = run("short", "training.max_steps=2", "evaluation.every_epochs=9", resume=True)
+    kept = load_file(folder / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in kept.items())
+    assert json.loads((folder / "checkpoints" / "step_00000002" / "state.json").read_text())["state"]["best_step"] == 2
