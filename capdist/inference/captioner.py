@@ -106,15 +106,12 @@ class Captioner:
             members = [replace(m, preprocessing=replace(m.preprocessing, image_size=image_size)) for m in members]
         return cls(members, device, [str(folder) for folder in folders])
 
-    def options(
-        self, beam_size: int | None = None, max_length: int | None = None, consensus: float | None = None
-    ) -> SearchOptions:
+    def options(self, beam_size: int | None = None, consensus: float | None = None) -> SearchOptions:
         """Return the model's own search settings, with some replaced; `consensus` 0 is none."""
         asked = {"beam_size": beam_size, "consensus": consensus}
         values = {**self.trained.search, **{key: value for key, value in asked.items() if value is not None}}
         values["consensus"] = values.get("consensus") or None
-        longest = self.trained.max_length if max_length is None else max_length
-        return search_options(values, self.trained.vocabulary, longest)
+        return search_options(values, self.trained.vocabulary, self.trained.max_length)
 
     def caption(
         self,

@@ -28,20 +28,22 @@ from capdist.processor import keep_freed_memory
 
 T = TypeVar("T")
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Where Linux tells a container its share of processor time: microseconds, and of how many."""
 
-def build_accelerator(recipe: Recipe | None = None, *, threads: int | None = None) -> Accelerator:
+
+def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
     """Join the processes of this launch.
 
     Args:
-        recipe: Gives precision, trackers and folders; None for a program that only captions.
-        threads: Processor threads of each process; None = the recipe's, else an equal share of the machine.
+        recipe: Gives threads, precision, trackers and folders; None for a program that only captions.
 
     Raises:
         UsageError: if the launcher started processes that do not see each other, or a precision this device lacks.
     """
-    precision = None
+    precision = threads = None
     if recipe is not None:
-        threads = threads or recipe.run.threads
+        threads = recipe.run.threads
         precision = recipe.training.mixed_precision
     folder = None if recipe is None else recipe.run_folder
     try:
@@ -116,7 +118,12 @@ def _lock(folder: Path, stack: ExitStack) -> None:
 
 def _processors() -> int:
     """Return the processors this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+    except (OSError, ValueError):  # no such control group, or `max`
+        return allowed
+    return max(1, min(allowed, quota // period))
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,9 +154,10 @@ class TrainStep:
         return loss
 
     def _inputs(self, batch: CaptionBatch) -> dict[str, Any]:
-        batch = replace(batch, images=None).to(self.accelerator.device)
-        inputs: dict[str, Any] = {"input_ids": batch.input_ids, "labels": batch.labels, "lengths": batch.lengths}
-        return inputs | ({} if batch.weights is None else {"weights": batch.weights})
+        tensors = {"input_ids": batch.input_ids, "labels": batch.labels, "weights": batch.weights}
+        device = self.accelerator.device
+        moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}
+        return {**moved, "lengths": batch.lengths}
 
     def _photos(self, batch: CaptionBatch) -> dict[str, Tensor]:
         """Return `features`, or `pixel_values` when the encoder runs in the step, on the device."""

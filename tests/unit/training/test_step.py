@@ -161,7 +161,7 @@ def test_accumulation_of_the_environment_is_overruled(monkeypatch: pytest.Monkey
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     model = _model()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    accelerator = build_accelerator(threads=1)
+    accelerator = build_accelerator()
     prepared, wrapped = accelerator.prepare(model.train(), optimizer)
     before = _weights(model)
     step = TrainStep(accelerator, prepared, wrapped, _recipe(), PREPROCESSING, _DoubleStore(_features()))
