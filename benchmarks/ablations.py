@@ -67,7 +67,10 @@ def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Names
     folder.with_suffix(".settings").write_text("\n".join([str(arguments.config), *settings]), encoding="utf-8")
     data = load_recipe(arguments.config, settings).data
     scoring = [sys.executable, "-m", "capdist.cli", "evaluate", str(folder / "model"), "--split", "dev-report"]
-    scoring += ["--source", data.source, "--path", str(data.path), "--output", str(folder / "dev-report.json")]
+    scoring += ["--source", data.source, "--output", str(folder / "dev-report.json")]
+    scoring += [] if data.path is None else ["--path", data.path]
+    columns = {key: name for key, name in data.model_dump().items() if key.endswith("_column") and name is not None}
+    scoring += [f"data.{key}={name}" for key, name in columns.items()]
     with folder.with_suffix(".out").open("a", encoding="utf-8") as out:
         for command in ([*training, *settings, *own, "--resume"], scoring):
             result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Train, evaluate and serve image captioners.
+"""Train, evaluate and use image captioners.
 
 >>> from capdist import Captioner
 >>> Captioner.from_pretrained("runs/scenes/model").caption(["photo.jpg"], beam_size=3)

@@ -232,7 +232,7 @@ class EvaluationSection(Section):
     min_length: NotNegative = 0
     """Fewest words in a caption."""
     batch_size: Positive = 64
-    """Images captioned at once by one process."""
+    """Images that one process captions, or encodes for the cache, at once."""
     select_by: Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"] = "cider"
     """Validation metric that decides which model is the best."""
     halve_validation: bool = False

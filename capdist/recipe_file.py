@@ -10,7 +10,8 @@ import errno
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -237,7 +238,10 @@ def _apply_override(values: dict[str, Any], places: Places, override: str, mista
 def _takes_text(section: str, name: str) -> bool:
     field = Recipe.model_fields.get(section)
     keys = getattr(field.annotation, "model_fields", {}) if field is not None else {}
-    return name in keys and keys[name].annotation in (str, str | None)
+    if name not in keys:
+        return False
+    choices = get_args(keys[name].annotation) or (keys[name].annotation,)
+    return {getattr(choice, "__origin__", choice) for choice in choices} <= {str, NoneType}
 
 
 def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: list[str]) -> Recipe:

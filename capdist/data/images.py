@@ -95,9 +95,9 @@ class Augmentation:
         return self._flips and seed % 2 == 1
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
-        """Change a photo, uint8 (3, height, width) to uint8 (3, S, S), leaving torch's generators alone."""
+        """Change a photo, uint8 (3, height, width) to uint8 (3, S, S), leaving torch's generators as they are."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed those of GPUs, too
             changed: Tensor = self._transform(image)
         return changed.flip(-1).contiguous() if self.mirrors(seed) else changed
 

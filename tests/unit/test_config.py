@@ -522,6 +522,7 @@ def test_a_saved_text_is_still_a_text(recipe_file: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["2024", "1e5", "true", "0.5"])
 def test_on_the_command_line_a_text_needs_no_quotes(recipe_file: Path, text: str) -> None:
     assert _load(recipe_file, "", f"run.name={text}").run.name == text
+    assert _load(recipe_file, "", f"training.start_from={text}").training.start_from == text
     (mistake,) = _mistakes(recipe_file, f"run:\n  name: {text}\n")
     assert mistake.startswith(f"{recipe_file}:2: run.name: must be string, found")
 

@@ -64,6 +64,15 @@ def test_overrides_hold_in_all_stages(tmp_path: Path) -> None:
     assert stages[1].training.start_from == "there/photos-words/model"
 
 
+def test_the_frozen_recipe_of_flickr8k_is_the_first_stage_of_the_whole() -> None:
+    alike = ["data.path=photos", "run.name=run", "evaluation.halve_validation=true"]
+    first = load_stages("configs/flickr8k.yaml", alike)[0].to_dict()
+    frozen = load_recipe("configs/flickr8k_frozen.yaml", alike).to_dict()
+    assert first["run"].pop("name") == "run-words"
+    assert frozen["run"].pop("name") == "run"
+    assert first == frozen
+
+
 def test_an_override_may_be_for_one_stage(tmp_path: Path) -> None:
     path = _write(tmp_path, RECIPE)
     stages = load_stages(path, ["training.epochs=1", "stages.look.training.epochs=5", "stages.reward.scst.samples=7"])
