@@ -18,10 +18,27 @@ from pathlib import Path
 EXIT_FOLDER_VARIABLE = "CAPDIST_EXIT_FOLDER"
 """Names the folder in which processes leave how they ended for the parent that `capdist train` is."""
 
-_STORAGE_ERRORS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
-    errno.EISDIR, errno.ENAMETOOLONG, errno.EIO,
+_STORAGE_REMEDIES = {
+    errno.EMFILE: "raise the limit (`ulimit -n`) or lower data.num_workers",
+    errno.ENFILE: "close other programs or lower data.num_workers",
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ETIMEDOUT), "check the disk or the network that it is on"),
+    **dict.fromkeys(
+        (
+            errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST,
+            errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+        ),
+        "free space or fix path and permission",
+    ),
 }  # fmt: skip
+
+# What torch says in a plain RuntimeError when a processor's or a GPU's memory is full.
+_NO_MEMORY_TEXTS = ("you tried to allocate", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+# What gloo says in a plain RuntimeError when another process is gone or hangs; NCCL and the store have classes for it.
+_LOST_PEER_TEXTS = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed",
+    "Application timeout caused pair closure", "Timed out waiting", "connectFullMesh failed",
+)  # fmt: skip
 
 
 class CapdistError(Exception):
@@ -72,13 +89,13 @@ class NumericsError(CapdistError):
 
 
 class ProcessError(CapdistError):
-    """A process of the run died or hung."""
+    """A process of the run died or hung, or its memory ran out."""
 
     exit_code = 7
 
 
 class Stopped(CapdistError):
-    """A signal ended the run after what it had done was saved.
+    """A signal ended the run; the line says what is saved.
 
     Args:
         signal_number: The signal; the exit code is 128 plus it, as shells have it.
@@ -111,7 +128,7 @@ def run_program(program: Callable[[], object], *, debug: bool = False) -> int:
 
     Returns:
         0 when it returned, the class's code for a `CapdistError`, 5 for a full disk or a missing permission,
-        130 for Ctrl-C, 1 (with a traceback) for everything else, which is a bug of ours.
+        7 when memory ran out, 130 for Ctrl-C, 1 (with a traceback) for everything else, which is a bug of ours.
     """
     code = 0
     try:
@@ -120,7 +137,7 @@ def run_program(program: Callable[[], object], *, debug: bool = False) -> int:
         code, mistakes = _classify(error)
         if code == 1 or debug:
             traceback.print_exc()
-        _tell(code, mistakes)
+        _tell(code, mistakes, lost_peers=_lost_peers(error))
     return code
 
 
@@ -128,13 +145,36 @@ def _classify(error: BaseException) -> tuple[int, tuple[str, ...]]:
     if isinstance(error, CapdistError):
         return error.exit_code, error.mistakes
     if isinstance(error, KeyboardInterrupt):
-        return 130, ("interrupted before there was anything to save",)
+        return 130, ("interrupted; a training run goes on from its last checkpoint, if it has one, with --resume",)
     number = error.errno if isinstance(error, OSError) else _foreign_errno(error)
-    if number in _STORAGE_ERRORS:
+    if number == errno.ENOMEM or _ran_out_of_memory(error):
+        return ProcessError.exit_code, (_show_lack_of_memory(error),)
+    if number in _STORAGE_REMEDIES:
         what = getattr(error, "filename", None) or "input/output"
-        reason = os.strerror(number)
-        return StorageError.exit_code, (f"{what}: {reason}; free space or fix path and permission, then repeat",)
+        return StorageError.exit_code, (f"{what}: {os.strerror(number)}; {_STORAGE_REMEDIES[number]}, then repeat",)
     return 1, ()
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    # By name, because this layer does without torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY_TEXTS)
+
+
+def _show_lack_of_memory(error: BaseException) -> str:
+    first = next(iter(str(error).strip().splitlines()), "no more was said")
+    return (
+        f"memory ran out: {first}; lower data.batch_size, evaluation.batch_size (`capdist evaluate`: --batch-size) "
+        "or data.num_workers"
+    )
+
+
+def _lost_peers(error: BaseException) -> bool:
+    """Return whether a process failed only because others of its run are gone, which know the reason."""
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    return type(error) is RuntimeError and any(text in str(error) for text in _LOST_PEER_TEXTS)
 
 
 def _foreign_errno(error: BaseException) -> int | None:
@@ -143,13 +183,14 @@ def _foreign_errno(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-def _tell(code: int, mistakes: tuple[str, ...]) -> None:
+def _tell(code: int, mistakes: tuple[str, ...], *, lost_peers: bool) -> None:
     """Print the mistakes, or leave them to the parent that prints those of all processes once."""
     folder = os.environ.get(EXIT_FOLDER_VARIABLE)
     if folder:
-        end = json.dumps({"code": code, "mistakes": mistakes, "processes": int(os.environ.get("WORLD_SIZE", "1"))})
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        end = {"code": code, "mistakes": mistakes, "lost_peers": lost_peers, "processes": processes}
         with contextlib.suppress(OSError):
-            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(end)
+            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(json.dumps(end))
             return
     with contextlib.suppress(OSError):
         sys.stdout.flush()

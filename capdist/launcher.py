@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped
+from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped, UsageError
 
 PLACE_FILE = "accelerate_config.yaml"
 _PLACE_OPTIONS = (
@@ -25,6 +25,9 @@ _PLACE_OPTIONS = (
     "--mixed_precision", "--gpu_ids",
 )  # fmt: skip
 _PLACE_FLAGS = ("--cpu", "--multi_gpu")
+_REFUSAL_FILE = "refusal"
+# How accelerate's simple launcher and torch's elastic one say that a process failed; by name, to do without torch.
+_PROCESS_FAILURES = ("CalledProcessError", "ChildFailedError", "SignalException")
 
 
 def launch_training(arguments: Sequence[str]) -> int:
@@ -37,7 +40,7 @@ def launch_training(arguments: Sequence[str]) -> int:
         0, or 1 for a bug whose traceback the training process has printed.
 
     Raises:
-        UsageError: for mistakes in the recipe, before anything is started.
+        UsageError: for mistakes in the recipe, before anything is started, and for what `accelerate launch` refuses.
         CapdistError: with what the training processes had to say and their exit code.
     """
     from capdist.recipe_file import load_recipe
@@ -47,9 +50,11 @@ def launch_training(arguments: Sequence[str]) -> int:
     parsed = parse_arguments(what)
     load_recipe(parsed.config, parsed.overrides)
     script = Path(__file__).with_name("train.py")
-    command = [sys.executable, "-m", "capdist.launcher", *_default_place(place), str(script), *what]
+    place, environment = _default_place(place)
+    command = [sys.executable, "-m", "capdist.launcher", *place, str(script), *what]
     with tempfile.TemporaryDirectory(prefix="capdist_") as folder:
-        process = subprocess.Popen(command, env=os.environ | {EXIT_FOLDER_VARIABLE: folder}, start_new_session=True)
+        environment[EXIT_FOLDER_VARIABLE] = folder
+        process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
         received = _pass_signals_on(process)
         code = process.wait()
         return _outcome(code, Path(folder), received)
@@ -64,26 +69,39 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         argument = waiting.pop(0)
         if argument in _PLACE_FLAGS or argument.partition("=")[0] in _PLACE_OPTIONS:
             place.append(argument)
-            if argument in _PLACE_OPTIONS and waiting:
+            if argument in _PLACE_OPTIONS:
+                if not waiting:
+                    raise UsageError(f"{argument} needs a value")
                 place.append(waiting.pop(0))
         else:
             what.append(argument)
     return place, what
 
 
-def _default_place(place: list[str]) -> list[str]:
-    """Add the shipped file where no other is named, and `--multi_gpu`, without which it starts a single process."""
-    if any(argument.startswith("--config_file") for argument in place):
-        return place
-    here = Path(__file__).resolve().parent
-    shipped = next(p for p in (here.parent / PLACE_FILE, here / PLACE_FILE) if p.exists())
-    several = any("--num_processes" in argument for argument in place) and "--multi_gpu" not in place
-    return ["--config_file", str(shipped), *place, *(["--multi_gpu"] if several and not _asks_for_one(place) else [])]
+def _default_place(place: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Add the shipped file where no other is named, and `--multi_gpu`, without which it starts a single process.
+
+    Returns:
+        Arguments of `accelerate launch`, and what its environment needs besides.
+    """
+    named = any(argument.startswith("--config_file") for argument in place)
+    several = _asks_for_several(place) and "--multi_gpu" not in place
+    # `--cpu` starts a single process, whatever number stands beside it, and is refused beside `--multi_gpu`.
+    on_processors = several and "--cpu" in place
+    if on_processors:
+        place = [argument for argument in place if argument != "--cpu"]
+    if on_processors or (several and not named):
+        place = [*place, "--multi_gpu"]
+    if not named:
+        here = Path(__file__).resolve().parent
+        shipped = next(p for p in (here.parent / PLACE_FILE, here / PLACE_FILE) if p.exists())
+        place = ["--config_file", str(shipped), *place]
+    return place, {"ACCELERATE_USE_CPU": "true"} if on_processors else {}
 
 
-def _asks_for_one(place: list[str]) -> bool:
+def _asks_for_several(place: list[str]) -> bool:
     words = " ".join(place).replace("=", " ").split()
-    return words[words.index("--num_processes") + 1 :][:1] == ["1"]
+    return "--num_processes" in words and words[words.index("--num_processes") + 1 :][:1] != ["1"]
 
 
 def _pass_signals_on(process: subprocess.Popen[bytes]) -> list[int]:
@@ -109,15 +127,23 @@ def _pass_signals_on(process: subprocess.Popen[bytes]) -> list[int]:
 
 
 def _outcome(launcher_code: int, folder: Path, received: list[int]) -> int:
-    ends = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
+    ends = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*"))]
     # When one process fails, the others may die of its absence: the reason is with the one that knew why.
     told = next((end for end in ends if end["code"] != 1), None)
     if told is not None:
         error = CapdistError(*told["mistakes"])
         error.exit_code = told["code"]
         raise error
+    if not all(end["lost_peers"] for end in ends):
+        return 1
     if launcher_code and received:
-        raise Stopped(received[0], f"stopped by signal {received[0]} before there was anything to save")
+        again = "--resume goes on from the last checkpoint, if there is one"
+        raise Stopped(received[0], f"stopped by signal {received[0]}; {again}")
+    if (folder / _REFUSAL_FILE).exists():
+        reason = json.loads((folder / _REFUSAL_FILE).read_text())
+        raise UsageError(f"accelerate launch refuses its options: {reason}")
+    if launcher_code == UsageError.exit_code:  # argparse has said why
+        return launcher_code
     if launcher_code and len(ends) < (ends[0]["processes"] if ends else 1):
         raise ProcessError(
             f"a training process died without a word (launcher code {launcher_code}); most often memory ran out: "
@@ -127,16 +153,28 @@ def _outcome(launcher_code: int, folder: Path, received: list[int]) -> int:
 
 
 def _launch_quietly() -> int:
-    """Be `accelerate launch`, without its traceback: what happened is told by the training processes."""
+    """Be `accelerate launch`, without its traceback: what happened is told by the training processes.
+
+    Returns:
+        0, 1 if a training process failed, or 2 for options that are refused; why is left for the parent.
+    """
     import logging
 
     from accelerate.commands.launch import launch_command, launch_command_parser
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    parser = launch_command_parser()
+    parser.exit_on_error = False
     try:
-        launch_command(launch_command_parser().parse_args())
-    except Exception:
-        return 1
+        launch_command(parser.parse_args())
+    except SystemExit as end:
+        return UsageError.exit_code if end.code == UsageError.exit_code else 1
+    except Exception as error:
+        if type(error).__name__ in _PROCESS_FAILURES:
+            return 1
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        Path(os.environ[EXIT_FOLDER_VARIABLE], _REFUSAL_FILE).write_text(json.dumps(reason))
+        return UsageError.exit_code
     return 0
 
 

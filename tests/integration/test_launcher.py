@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import REPOSITORY, SMALL
+from tests.processes import REPOSITORY, SMALL, check_finished, run
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +94,59 @@ def test_the_death_of_a_process_is_told(long_run: Run) -> None:
     returned, error = long_run.finish()
     assert returned == 7, error[-3000:]
     assert "died without a word" in error.splitlines()[-1]
+
+
+def _train(photos: Path, folder: Path, place: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `capdist train` for two steps, with nothing said about the processor but what `place` says."""
+    arguments = [*SMALL, f"data.path={photos}", f"run.output_dir={folder}", "run.name=short", "training.max_steps=2"]
+    command = ["-m", "capdist.cli", "train", *place, "--config", "configs/scenes.yaml", *arguments]
+    return run([*command, "training.warmup_steps=0"], ACCELERATE_USE_CPU="false", **environment)
+
+
+def test_several_processes_on_a_cpu(photos: Path, tmp_path: Path) -> None:
+    result = _train(photos, tmp_path, ["--cpu", "--num_processes", "2"])
+    check_finished(result)
+    start = json.loads((tmp_path / "short" / "log.jsonl").read_text().splitlines()[0])
+    assert (start["num_processes"], start["device"].partition(":")[0]) == (2, "cpu")
+
+
+FAULT = """
+import os, sys
+
+if os.environ.get("RANK") == os.environ["FAULTY_RANK"]:
+    sys.path.insert(0, os.environ["REPOSITORY"])
+    from capdist.training.loop import Loop
+
+    def fail(*arguments):
+        return {}["no such key"]
+
+    Loop.run = fail
+"""
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_bug_in_one_of_several_processes_is_a_bug(photos: Path, tmp_path: Path, rank: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAULT)
+    place = ["--cpu", "--num_processes", "2"]
+    environment = {"PYTHONPATH": str(tmp_path), "FAULTY_RANK": rank, "REPOSITORY": str(REPOSITORY)}
+    result = _train(photos, tmp_path, place, **environment)
+    assert result.returncode == 1, result.stderr[-3000:]
+    assert "KeyError: 'no such key'" in result.stderr
+    assert "memory" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (["--config_file", "nowhere.yaml"], "`nowhere.yaml` does not exist"),
+        (["--num_processes", "two"], "invalid int value: 'two'"),
+        (["--cpu", "--num_processes", "0"], "at least 2 processes"),
+    ],
+    ids=["no such file", "no number", "no process"],
+)
+def test_a_mistake_in_the_launch_is_told(photos: Path, tmp_path: Path, place: list[str], said: str) -> None:
+    result = _train(photos, tmp_path, place)
+    assert result.returncode == 2, result.stderr[-3000:]
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("capdist: error: accelerate launch refuses its options: ")
+    assert said in line

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from capdist import errors
 from capdist.errors import (
@@ -113,13 +115,71 @@ def test_a_really_full_device(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENFILE, "close other programs"),
+        (errno.EIO, "check the disk or the network"),
+        (errno.ESTALE, "check the disk or the network"),
+        (errno.ETIMEDOUT, "check the disk or the network"),
+    ],
+)
+def test_failing_disks_and_too_many_files_have_remedies_of_their_own(
+    number: int, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(_raiser(OSError(number, os.strerror(number), "/runs/x"))) == 5
+    err = capsys.readouterr().err
+    assert err.startswith(f"capdist: error: /runs/x: {os.strerror(number)}; ")
+    assert remedy in err
+    assert "free space" not in err
+    assert err.count("\n") == 1
+
+
+def _ask_torch_for_too_much() -> None:
+    torch.empty(10**15)
+
+
+def _ask_numpy_for_too_much() -> None:
+    np.empty(10**15)
+
+
+@pytest.mark.parametrize(
+    ("program", "first"),
+    [
+        (_ask_torch_for_too_much, "you tried to allocate 4000000000000000 bytes"),
+        (_ask_numpy_for_too_much, "Unable to allocate"),
+        (
+            _raiser(torch.OutOfMemoryError("CUDA out of memory. Tried 20 GiB.\nsecond")),
+            "CUDA out of memory. Tried 20 GiB.",
+        ),
+        (_raiser(RuntimeError("CUDA error: out of memory\nsecond")), "CUDA error: out of memory"),
+        (_raiser(MemoryError()), "memory ran out"),
+        (_raiser(MemoryError("Caught MemoryError in worker 0.\nsecond")), "Caught MemoryError in worker 0."),
+        (_raiser(OSError(errno.ENOMEM, "Cannot allocate memory")), "Cannot allocate memory"),
+    ],
+    ids=["torch", "numpy", "cuda", "cuda driver", "python", "worker", "system"],
+)
+def test_lack_of_memory_is_no_bug_and_says_what_to_lower(
+    program: Callable[[], None], first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_program(program) == 7
+    err = capsys.readouterr().err
+    assert err.startswith("capdist: error: ")
+    assert err.count("\n") == 1
+    assert first in err
+    assert "second" not in err
+    for key in ("data.batch_size", "evaluation.batch_size", "--batch-size"):
+        assert key in err
+
+
+@pytest.mark.parametrize(
     "error",
     [
         ValueError("ours"),
         AssertionError("ours"),
         KeyError("ours"),
         RecursionError("ours"),
-        MemoryError("ours"),
+        RuntimeError("ours"),
         OSError("ours"),
         OSError(errno.ENOENT, "ours"),
         CapdistError("ours"),
@@ -141,6 +201,10 @@ def test_control_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_program(_raiser(KeyboardInterrupt())) == 130
     err = capsys.readouterr().err
     assert err.startswith("capdist: error: interrupted")
+    # A run that is in its final report has saved everything: nothing may be said to be lost.
+    assert "nothing" not in err
+    assert "anything" not in err
+    assert "--resume" in err
     assert "Traceback" not in err
 
 
@@ -216,10 +280,40 @@ def test_under_a_parent_the_end_is_written_not_printed(
     monkeypatch.setenv("WORLD_SIZE", "5")
     assert run_program(_raiser(error)) == expected["code"]
     assert [path.name for path in tmp_path.iterdir()] == ["rank_3"]
-    assert json.loads((tmp_path / "rank_3").read_bytes()) == expected | {"processes": 5}
+    assert json.loads((tmp_path / "rank_3").read_bytes()) == expected | {"lost_peers": False, "processes": 5}
     err = capsys.readouterr().err
     assert "capdist: error" not in err
     assert ("Traceback" in err) == (expected["code"] == 1)
+
+
+# The first four are what real processes said whose peer was killed, killed while sending, slept, or held the store.
+PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561]"
+LOST = [
+    RuntimeError(f"{PAIR} Connection closed by peer [127.0.0.1]:40366. This is typically caused by a remote worker."),
+    RuntimeError(f"{PAIR} Read error [127.0.0.1]:60048: Connection reset by peer. This is typically caused by"),
+    RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete"),
+    torch.distributed.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."),
+    torch.distributed.DistStoreError("wait timeout after 300000ms"),
+    torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp: remote process exited"),
+]
+NOT_LOST = [
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    RuntimeError(f"{PAIR} op.preamble.length <= op.nbytes. 8 vs 4"),  # our collectives do not match
+    ConnectionError("Connection reset by peer"),  # a download
+    ValueError("Timed out waiting"),
+    DataError("Connection closed by peer"),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"), [*((error, True) for error in LOST), *((error, False) for error in NOT_LOST)], ids=repr
+)
+def test_an_end_says_whether_only_the_peers_were_lost(
+    error: Exception, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPDIST_EXIT_FOLDER", str(tmp_path))
+    run_program(_raiser(error))
+    assert json.loads((tmp_path / "rank_0").read_bytes())["lost_peers"] is lost
 
 
 def test_under_a_parent_success_leaves_nothing_and_rank_0_is_the_default(
