@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from capdist import __version__
 from capdist.errors import UsageError, run_program
+
+if TYPE_CHECKING:
+    from capdist.inference.captioner import Caption
 
 app = typer.Typer(
     help="Train, evaluate and use image captioners.",
@@ -38,6 +41,9 @@ ImageSize = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
 Config = Annotated[Path, typer.Option(metavar="RECIPE", help="YAML file under configs/")]
+
+PHOTOS_AT_ONCE = 32
+"""Photos that `caption` captions before it prints."""
 
 
 def _print_version(asked: bool) -> None:
@@ -116,22 +122,34 @@ def caption(
     debug: Debug = False,
 ) -> None:
     """Caption photos."""
-    from capdist.data.images import open_photo
     from capdist.inference.captioner import Captioner, find_photos
-    from capdist.inference.pictures import save_attention
 
     photos = find_photos(images)
-    captions = Captioner.from_pretrained([model, *(others or ())], image_size=image_size).caption(
-        photos, beam_size=beam_size, consensus=consensus, return_attention=attention is not None
-    )
+    captioner = Captioner.from_pretrained([model, *(others or ())], image_size=image_size)
     if attention is not None:
         attention.mkdir(parents=True, exist_ok=True)
-    for photo, result in zip(photos, captions, strict=True):
-        line = {"image": str(photo), "caption": result.text, "log_probability": result.log_probability}
-        typer.echo(json.dumps(line, ensure_ascii=False) if as_json else f"{photo}: {result.text}")
-        if attention is not None and result.attention is not None:
-            picture = open_photo({"path": str(photo), "bytes": None})
-            save_attention(picture, result.words, result.attention, _new_file(attention, f"{photo.stem}_attention"))
+    for start in range(0, len(photos), PHOTOS_AT_ONCE):
+        batch = photos[start : start + PHOTOS_AT_ONCE]
+        captions = captioner.caption(
+            batch,
+            beam_size=beam_size,
+            consensus=consensus,
+            batch_size=PHOTOS_AT_ONCE,
+            return_attention=attention is not None,
+        )
+        for photo, result in zip(batch, captions, strict=True):
+            _tell_caption(photo, result, as_json, attention)
+
+
+def _tell_caption(photo: Path, result: Caption, as_json: bool, attention: Path | None) -> None:
+    from capdist.data.images import open_photo
+    from capdist.inference.pictures import save_attention
+
+    line = {"image": str(photo), "caption": result.text, "log_probability": result.log_probability}
+    typer.echo(json.dumps(line, ensure_ascii=False) if as_json else f"{photo}: {result.text}")  # flushes
+    if attention is not None and result.attention is not None:
+        picture = open_photo({"path": str(photo), "bytes": None})
+        save_attention(picture, result.words, result.attention, _new_file(attention, f"{photo.stem}_attention"))
 
 
 def _new_file(folder: Path, name: str) -> Path:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from capdist.config import DecoderSection, EncoderSection
 from capdist.data.images import Preprocessing
 from capdist.decoding import SearchOptions
 from capdist.errors import CapdistError, CheckpointError, StorageError
-from capdist.files import flush_to_disk
+from capdist.files import set_aside, staged_folder, write_atomically
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
 
@@ -89,47 +87,19 @@ def save_pretrained(trained: TrainedModel, folder: Path) -> None:
     """Write a model folder, complete under another name and then renamed: `folder` never holds a mixture."""
     from safetensors.torch import save_model
 
-    staging = folder.with_name(f".tmp_{folder.name}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with staged_folder(folder, folder.with_name(f".tmp_{folder.name}")) as staging:
         save_model(trained.model, str(staging / WEIGHTS), metadata={"format": "pt"})
         (staging / VOCABULARY).write_text(trained.vocabulary.to_json(), encoding="utf-8")
         config = _config(trained) | {"sha256": {name: sha256(staging / name) for name in (WEIGHTS, VOCABULARY)}}
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / CARD).write_text(_card(trained), encoding="utf-8")
-        for path in (*staging.iterdir(), staging):
-            flush_to_disk(path)
-        _swap(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def update_metrics(trained: TrainedModel, folder: Path) -> None:
     """Write the metrics of an existing model folder anew, leaving its weights and words alone."""
     config = _read_config(folder / CONFIG) | {"metrics": dict(trained.metrics)}
-    for name, text in ((CARD, _card(trained)), (CONFIG, json.dumps(config, indent=2) + "\n")):
-        staging = folder / f".tmp_{name}"
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, folder / name)
-
-
-def _swap(staging: Path, folder: Path) -> None:
-    old = _old(folder)
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    try:
-        os.replace(staging, folder)
-    except OSError:
-        if old.exists():
-            os.replace(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".old_{folder.name}")
+    write_atomically(folder / CARD, _card(trained))
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _config(trained: TrainedModel) -> dict[str, Any]:
@@ -202,8 +172,8 @@ def _tuple(value: Any) -> Any:
 
 def _find(folder_or_hub_id: str | Path) -> Path:
     folder = Path(folder_or_hub_id)
-    if not folder.exists() and _old(folder).is_dir():
-        folder = _old(folder)  # a kill between the two renames of `_swap`
+    if not folder.exists() and set_aside(folder).is_dir():
+        folder = set_aside(folder)  # a save was killed between its two renames
     if folder.exists():
         if not (folder / CONFIG).is_file():
             raise CheckpointError(f"{folder}: is not a model folder: no {CONFIG}; `<output_dir>/<name>/model` is one")

@@ -54,7 +54,7 @@ def run_benchmarks(
 
     Args:
         names: Of `NAMES`, measured one after the other; none = all.
-        recipe: Gives the sizes; its photos are used if `data.path` is there.
+        recipe: Gives the sizes; its photos are used if `data.path` is given.
         repeats: Timed calls of each contestant.
         images: Photos, images or training images of a benchmark; None = a fitting number for each.
         model: Trained model folder for `caption`.

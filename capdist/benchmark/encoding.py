@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from capdist.benchmark.measure import count_flops, matrix_product, time_in_turns
 from capdist.benchmark.report import Row, Table
-from capdist.benchmark.workload import DTYPES, Workload, made_up_photos, textbook
+from capdist.benchmark.workload import DTYPES, PHOTO_SIZE, Workload, made_up_photos, textbook
 from capdist.data.batches import PhotoDataset
 from capdist.data.loaders import photo_batches
 from capdist.data.prepared import get_split, read_source
@@ -31,7 +31,7 @@ def encode(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool
     recipe, device = work.recipe, work.accelerator.device
     precision = encoder_precision(recipe.encoder, device, work.accelerator.mixed_precision)
     plain_pass, fast_pass = (EncoderPass(work.model.encoder, precision) for _ in range(2))
-    with _photos(work, num_photos) as photos:
+    with _photos(work, num_photos) as (photos, origin):
         batches = [work.preprocessing.normalize(images.to(device)) for images in _own_input(work, photos)]
         started = time.perf_counter()
         problem = fast_pass.compile(batches[0]) if recipe.encoder.compile != "off" else "encoder.compile=off"
@@ -58,6 +58,7 @@ def encode(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool
     units = {name: float(len(photos)) for name in functions if name != "matrix product"}
     rows = [Row.of(name, timing, units.get(name)) for name, timing in timings.items()]
     facts = {
+        "photos": origin,
         "share of the network alone": f"{timings['network alone'].median / timings['capdist, compiled'].median:.1%}",
         "precision": precision,
         "compiling": problem or f"{compile_s:.0f} s",
@@ -67,26 +68,36 @@ def encode(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool
 
 def load_input(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool) -> Table:
     """Time reading, decoding and resizing alone, as capdist's and the textbook's loaders do it."""
-    with _photos(work, num_photos) as photos:
+    with _photos(work, num_photos) as (photos, origin):
         loader = _plain_loader(work, photos)
         functions: dict[str, Callable[[], object]] = {"textbook": lambda: list(loader)} if with_textbook else {}
         functions["capdist"] = lambda: list(_own_input(work, photos))
         timings = time_in_turns(functions, repeats=repeats, device=torch.device("cpu"))
     rows = [Row.of(name, timing, float(len(photos))) for name, timing in timings.items()]
-    return Table("input", "photos", rows, facts={"loader processes": work.recipe.data.num_workers})
+    facts = {"photos": origin, "loader processes": work.recipe.data.num_workers}
+    return Table("input", "photos", rows, facts=facts)
 
 
 @contextmanager
-def _photos(work: Workload, count: int) -> Iterator[Sequence[dict[str, Any]]]:
-    """Give photos of the recipe's source if it is there, made-up ones otherwise, as rows of an image column."""
+def _photos(work: Workload, count: int) -> Iterator[tuple[Sequence[dict[str, Any]], str]]:
+    """Give training photos of data.path, or made-up ones if the recipe names none, and say which.
+
+    Yields:
+        Rows of an image column, and whose photos they are.
+
+    Raises:
+        DataError, UsageError, StorageError: as `load_source`.
+    """
     data = work.recipe.data
     with TemporaryDirectory() as folder:
-        if data.path is None or not Path(data.path).exists():
+        if data.path is None:
             paths = made_up_photos(Path(folder), count)
+            origin = f"{len(paths)} made up, {PHOTO_SIZE[0]}x{PHOTO_SIZE[1]} pixels"
         else:
             split = get_split(read_source(data.model_copy(update={"limit": count})), "train")
             paths = [_as_file(photo, Path(folder, str(number))) for number, photo in enumerate(split.photos)]
-        yield [{"path": str(path), "bytes": None} for path in paths]
+            origin = f"{len(paths)} of {data.source}, {data.path}, train split"
+        yield [{"path": str(path), "bytes": None} for path in paths], origin
 
 
 def _as_file(photo: Mapping[str, Any], path: Path) -> Path:

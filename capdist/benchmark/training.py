@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from capdist.benchmark.measure import count_flops, matrix_product, shares_of_time, time_in_turns
+from capdist.benchmark.measure import Timing, count_flops, matrix_product, shares_of_time, time_in_turns
 from capdist.benchmark.report import Row, Table
 from capdist.benchmark.workload import Workload, made_up_captions, made_up_features, textbook
 from capdist.data.batches import CaptionBatch, CaptionDataset
@@ -127,8 +127,7 @@ def epoch(work: Workload, *, num_images: int, repeats: int, with_textbook: bool)
     num_captions = float(num_images * 5)
     if with_textbook:
         timing = time_in_turns({"textbook": _textbook_step(work)}, repeats=repeats, device=device)["textbook"]
-        steps = num_captions / TEXTBOOK_BATCH
-        rows.append(Row.of("textbook", timing, num_captions, calls=steps, note=f"{steps:.0f} x its median step"))
+        rows.append(textbook_epoch(timing, num_captions, num_processes))
     with tempfile.TemporaryDirectory() as folder:
         training = Training(work, Path(folder), num_images)
         windows = training.windows(range(training.plan.steps_per_epoch))
@@ -143,3 +142,16 @@ def epoch(work: Workload, *, num_images: int, repeats: int, with_textbook: bool)
     note = f"waited for data {waited / seconds:.1%} of the time"
     rows.append(Row("capdist", (seconds,), seconds, num_captions, None, num_processes, note))
     return Table("epoch", "captions", rows)
+
+
+def textbook_epoch(timing: Timing, num_captions: float, num_processes: int) -> Row:
+    """Reckon the textbook's epoch from its step, of which every process takes its share of the epoch's at once.
+
+    Args:
+        timing: Of a step, taken by all processes at once.
+        num_captions: Of the epoch.
+        num_processes: That share them.
+    """
+    steps = num_captions / (TEXTBOOK_BATCH * num_processes)
+    note = f"{steps:.0f} x its median step"
+    return Row.of("textbook", timing, num_captions, num_processes, calls=steps, note=note)

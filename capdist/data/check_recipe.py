@@ -36,13 +36,13 @@ def check_recipe(recipe: Recipe) -> Report:
             bar.update(done - bar.n)
 
         report = check_data(loaded, decode=_decode, progress=advance)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(_table(report))
     for warning in report.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
     if not report.is_clean:
         raise DataError(*report.problems)
-    console.print("every caption and every photo can be read")
+    console.print("every caption and every photo of these splits can be read")
     return report
 
 

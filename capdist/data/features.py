@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capdist.files import flush_to_disk, try_lock
+from capdist.files import staged_folder, try_lock
 
 VERSION = 2
 FEATURES, DONE, ABOUT, LOCK = "features.npy", "done.npy", "about.json", ".lock"
@@ -216,20 +216,10 @@ def create_store(folder: Path, shape: tuple[int, int, int], about: Mapping[str, 
     Raises:
         OSError: if the disk has not the space for all features; nothing is left behind.
     """
-    staging = _staging(folder)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
+    with staged_folder(folder, _staging(folder)) as staging:
         _allocate(staging / FEATURES, shape, np.float16)
         _allocate(staging / DONE, shape[:1], np.uint8)
         (staging / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        for path in (*staging.iterdir(), staging):
-            flush_to_disk(path)
-        os.rename(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    flush_to_disk(folder.parent)
 
 
 def _remove_store(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,12 +14,13 @@ from capdist.config import DataSection
 from capdist.data.prepared import CHOOSE, REPORT, SPLIT_ALIASES, Split, get_split, read_source
 from capdist.decoding import SearchOptions
 from capdist.errors import DataError, UsageError
+from capdist.files import write_atomically
 from capdist.inference.captioner import Captioner
 from capdist.inference.report import print_scores
 from capdist.metrics import TOKENISER
 from capdist.recipe_file import recipe_from_dict
 from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
-from capdist.training.launch import build_accelerator
+from capdist.training.launch import build_accelerator, on_main
 
 
 def evaluate_folder(
@@ -73,7 +73,7 @@ def evaluate_folder(
             f"--limit: {split} is half of all validation images, not of the first {data.limit}; leave it out"
         )
     if output is not None and not output.absolute().parent.is_dir():
-        raise DataError(f"--output: {output.absolute().parent}: no such folder")
+        raise UsageError(f"--output: {output.absolute().parent}: no such folder")
     accelerator = build_accelerator()
     captioner = Captioner.from_pretrained([model, *others], accelerator.device, image_size)
     rows = _read_split(data, split)
@@ -81,11 +81,13 @@ def evaluate_folder(
     evaluator = Evaluator(accelerator, trained.vocabulary, trained.preprocessing, options, batch_size, num_workers)
     evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
     result = _result(captioner, data, rows, options, evaluation)
-    if accelerator.is_main_process:
+
+    def tell() -> None:
         print_scores(f"{' + '.join([model, *others])}: {rows.name} split, {options}", evaluation.metrics)
         if output is not None:
-            _write(output, result)
-    accelerator.wait_for_everyone()
+            write_atomically(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+    on_main(accelerator, tell)
     return result
 
 
@@ -118,9 +120,3 @@ def _result(
         for image_id, caption in evaluation.captions.items()
     ]
     return {"metrics": evaluation.metrics, "settings": settings, "captions": captions}
-
-
-def _write(output: Path, result: dict[str, Any]) -> None:
-    staging = output.with_name(f".tmp_{output.name}")
-    staging.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staging, output)

@@ -23,7 +23,14 @@ from capdist.config import DecoderSection, EncoderSection, EvaluationSection
 from capdist.data.images import Preprocessing
 from capdist.errors import CapdistError, CheckpointError, StorageError
 from capdist.inference.captioner import Captioner
-from capdist.model_folder import SEARCH_KEYS, TrainedModel, load_pretrained, save_pretrained, search_options
+from capdist.model_folder import (
+    SEARCH_KEYS,
+    TrainedModel,
+    load_pretrained,
+    save_pretrained,
+    search_options,
+    update_metrics,
+)
 from capdist.models.caption_model import build_model
 from capdist.text.vocabulary import Vocabulary
 
@@ -185,6 +192,37 @@ def test_a_swap_that_fails_leaves_the_old_folder(folder: Path, monkeypatch: pyte
     with pytest.raises(OSError, match="Input/output"):
         save_pretrained(_trained(seed=5), folder)
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_the_name_of_a_saved_folder_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[Path] = []
+
+    def watch(path: Path) -> None:
+        if path == tmp_path:
+            assert {path.name for path in (tmp_path / "model").iterdir()} == FILES
+        flushed.append(path)
+
+    monkeypatch.setattr("capdist.files.flush_to_disk", watch)
+    save_pretrained(_trained(), tmp_path / "model")
+    assert {path.name for path in flushed} >= FILES
+    assert flushed[-1] == tmp_path
+
+
+def test_metrics_that_cannot_be_flushed_leave_the_old_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A config that a power cut may empty must not take the place of a good one."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            update_metrics(replace(_trained(), metrics={"cider": 0.9}), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    update_metrics(replace(_trained(), metrics={"cider": 0.9}), folder)
+    assert load_pretrained(folder).metrics == {"cider": 0.9}
+    assert "0.9000" in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"README.md"}))

@@ -1,14 +1,18 @@
-"""The check before a run: damaged photos, leaks, missing captions, figures."""
+"""The check before a run: damaged and missing photos, leaks, few captions, figures."""
 
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image, UnidentifiedImageError
 
+from capdist.config import Recipe
+from capdist.data.check_recipe import check_recipe
 from capdist.data.checks import Report, check_data
 from capdist.data.sources import LoadedData, load_source
 from capdist.data.sources.records import Record, to_splits
@@ -65,12 +69,93 @@ def test_same_photo_in_two_splits_is_a_problem_in_one_a_warning(tmp_path: Path) 
     )
 
 
-def test_captions_and_ids(tmp_path: Path) -> None:
+def test_few_captions_and_notes_are_worth_a_look(tmp_path: Path) -> None:
     paths = [_photo(tmp_path / f"{number}.png", number) for number in range(4)]
-    train = [Record("a", ["x", "y"], paths[0]), Record("b", [], paths[1]), Record("c", ["x", " "], paths[2])]
-    report = _check("a note", train=train, test=[Record("a", ["x", "y"], paths[3])])
-    assert report.problems == ("train: b: no caption", "train: c: an empty caption", "a: stands in train and test")
-    assert report.warnings == ("train: b: 0 captions, most have 2", "a note")
+    train = [Record("a", ["x", "y"], paths[0]), Record("b", ["x"], paths[1]), Record("c", ["x", "y"], paths[2])]
+    report = _check("a note", train=train, test=[Record("d", ["x", "y"], paths[3])])
+    assert report.is_clean
+    assert report.warnings == ("train: b: 1 captions, most have 2", "a note")
+
+
+def _flickr8k(root: Path, names: list[str]) -> str:
+    """Every caption in `Flickr8k.token.txt`, the photos in the training list."""
+    (root / "Flickr8k_text").mkdir()
+    lines = [f"{name}#0\tA dog .\n" for name in names]
+    (root / "Flickr8k_text/Flickr8k.token.txt").write_text("".join(lines))
+    listed = [name for name in names if name.endswith(".png")]
+    (root / "Flickr8k_text/Flickr_8k.trainImages.txt").write_text("\n".join(listed))
+    (root / "images").mkdir()
+    for name in PHOTOS:
+        (root / name).rename(root / "images" / name)
+    return str(root)
+
+
+def _karpathy(root: Path, names: list[str]) -> str:
+    images = [{"filename": name, "split": "train", "sentences": [{"raw": "A dog."}]} for name in names]
+    (root / "dataset.json").write_text(json.dumps({"images": images}))
+    return str(root)
+
+
+def _hub(root: Path, names: list[str]) -> str:
+    from datasets import Dataset, DatasetDict
+
+    rows = {"file_name": names, "captions": [["A dog."]] * len(names)}
+    DatasetDict(train=Dataset.from_dict(rows)).save_to_disk(str(root))
+    return str(root)
+
+
+def _folder(root: Path, names: list[str]) -> str:
+    rows = [{"file_name": name, "captions": ["A dog."], "split": "train"} for name in names]
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(root)
+
+
+PHOTOS = ("1.png", "2.png")
+SOURCES: dict[str, Callable[[Path, list[str]], str]] = {
+    "flickr8k": _flickr8k, "karpathy": _karpathy, "hub": _hub, "folder": _folder,
+}  # fmt: skip
+
+
+def _recipe(source: str, root: Path, *more: str) -> Recipe:
+    """Name two photos that are there, and more, in the captions of a source."""
+    for number, name in enumerate(PHOTOS):
+        _photo(root / name, number)
+    return Recipe(data={"source": source, "path": SOURCES[source](root, [*PHOTOS, *more])})
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_photo_that_does_not_exist_is_a_problem(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"gone_{number}.png" for number in range(5)]
+    with pytest.raises(DataError) as caught:
+        check_recipe(_recipe(source, tmp_path, *names))
+    (mistake,) = caught.value.mistakes
+    assert "5 photos named in the caption file do not exist: gone_" in mistake
+    printed = capsys.readouterr().out
+    assert "can be read" not in printed
+    assert "warning" not in printed, "told twice"
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_can_be_read_is_told_only_if_it_can(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check_recipe(_recipe(source, tmp_path)).is_clean
+    assert "every photo of these splits can be read" in capsys.readouterr().out
+
+
+def test_the_photo_that_flickr8k_never_had_is_only_worth_a_look(tmp_path: Path) -> None:
+    """Its caption file names `2258277193_586949ec62.jpg.1`, its folder and its lists do not: nobody can mend that."""
+    never = "2258277193_586949ec62.jpg.1"
+    (tmp_path / "as_published").mkdir()
+    report = check_recipe(_recipe("flickr8k", tmp_path / "as_published", never))
+    (warning,) = report.warnings
+    assert never in warning
+    (tmp_path / "incomplete").mkdir()
+    with pytest.raises(DataError, match="2 photos named in the caption file do not exist") as caught:
+        check_recipe(_recipe("flickr8k", tmp_path / "incomplete", never, "gone.png"))
+    assert "gone.png" in str(caught.value)
 
 
 def test_words_per_caption(tmp_path: Path) -> None:

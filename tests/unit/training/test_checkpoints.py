@@ -21,7 +21,6 @@ from torch import nn
 
 from capdist.config import Recipe
 from capdist.errors import CheckpointError
-from capdist.training import checkpoints
 from capdist.training.checkpoints import (
     Identity,
     TrainState,
@@ -299,8 +298,9 @@ def test_run_without_checkpoints_has_none(tmp_path: Path, make: Callable[[Path],
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 9])
 def test_pruning_keeps_the_newest(three: Path, keep: int) -> None:
-    (three / ".tmp_step_00000040").mkdir()
-    (three / ".tmp_step_00000040" / "model.safetensors").write_bytes(b"half")
+    for name in (".tmp_step_00000040", ".old_step_00000040"):  # what a killed run leaves
+        (three / name).mkdir()
+        (three / name / "model.safetensors").write_bytes(b"half")
     prune_checkpoints(three, keep)
     assert _names(three) == ["step_00000010", "step_00000020", "step_00000030"][-keep:]
 
@@ -315,7 +315,10 @@ def test_checkpoint_just_written_survives_damaged_ones_of_later_steps(three: Pat
     assert newest_checkpoint(three, lambda _: None) == written
 
 
-@pytest.mark.parametrize("writer", ["save_model", "save_file", "sha256", "flush_to_disk"])
+@pytest.mark.parametrize(
+    "writer",
+    [*(f"training.checkpoints.{name}" for name in ("save_model", "save_file", "sha256")), "files.flush_to_disk"],
+)
 @pytest.mark.parametrize("step", [20, 40])
 def test_full_disk_leaves_the_old_checkpoints_and_no_rubbish(
     three: Path, monkeypatch: pytest.MonkeyPatch, writer: str, step: int
@@ -325,7 +328,7 @@ def test_full_disk_leaves_the_old_checkpoints_and_no_rubbish(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoints, writer, full)
+    monkeypatch.setattr(f"capdist.{writer}", full)
     with pytest.raises(OSError, match="No space"):
         _save(three, step=step, seed=1)
     assert {path: path.read_bytes() for path in three.rglob("*") if path.is_file()} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -95,6 +96,21 @@ def test_kept_lines_are_kept_byte_for_byte(tmp_path: Path) -> None:
     before = _log(tmp_path).read_bytes().splitlines(keepends=True)
     _track(tmp_path, 10)
     assert _log(tmp_path).read_bytes() == b"".join(before[:2])
+
+
+def test_lines_that_cannot_be_flushed_leave_the_old_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that a power cut may empty must not take the place of a good one."""
+    _write(tmp_path, 0, 10, 20)
+    before = _log(tmp_path).read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        _track(tmp_path, 10)
+    assert _log(tmp_path).read_bytes() == before
+    assert [path.name for path in _log(tmp_path).parent.iterdir()] == ["log.jsonl"]
 
 
 @pytest.mark.parametrize(
