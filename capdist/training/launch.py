@@ -63,6 +63,10 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
         if "mixed precision" not in str(error):
             raise
         raise UsageError(f"training.mixed_precision: {error}; use bf16 or no") from None
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError(  # accelerate would compute in float32 and say nothing
+            "training.mixed_precision: fp16 needs a GPU; use bf16 or no, here or in what accelerate launch is given"
+        )
     check_world(accelerator)
     # What is said to the user is said once.
     logging.getLogger("capdist").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)

@@ -7,10 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from capdist.errors import UsageError
 from capdist.recipe_file import load_recipe
 from capdist.training import launch
+from tests.conftest import reset_accelerate
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+
+
+def test_a_processor_is_not_said_to_compute_in_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(UsageError, match="mixed_precision: fp16 needs a GPU"):
+        launch.build_accelerator(load_recipe("configs/scenes.yaml", ["training.mixed_precision=fp16"]))
+    reset_accelerate()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UsageError, match="mixed_precision: fp16 needs a GPU"):
+        launch.build_accelerator()
 
 
 @pytest.mark.parametrize(
