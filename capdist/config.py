@@ -182,6 +182,9 @@ class TrainingSection(Section):
     (Bengio et al. 2015); not in `scst`."""
     doubly_stochastic: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the penalty that every cell be looked at about once (Xu et al., equation 14); not in `scst`."""
+    word_presence: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of a second task for the features: to tell from their mean which words the captions of an image have
+    (Wu et al. 2016). The layer that does so is not kept; not in `scst`."""
     mixed_precision: Literal["inherit", "no", "bf16", "fp16"] = "inherit"
     """Precision of the arithmetic; `inherit` takes what `accelerate launch` was given."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None

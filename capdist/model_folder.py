@@ -88,7 +88,8 @@ def save_pretrained(trained: TrainedModel, folder: Path) -> None:
     from safetensors.torch import save_model
 
     with staged_folder(folder, folder.with_name(f".tmp_{folder.name}")) as staging:
-        save_model(trained.model, str(staging / WEIGHTS), metadata={"format": "pt"})
+        with trained.model.without_word_head():
+            save_model(trained.model, str(staging / WEIGHTS), metadata={"format": "pt"})
         (staging / VOCABULARY).write_text(trained.vocabulary.to_json(), encoding="utf-8")
         config = _config(trained) | {"sha256": {name: sha256(staging / name) for name in (WEIGHTS, VOCABULARY)}}
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

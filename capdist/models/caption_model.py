@@ -5,7 +5,9 @@ Shapes: B images, R captions an image, T words, N cells, C channels, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +29,13 @@ class CaptionLoss(NamedTuple):
     Attributes:
         cross_entropy: Negative log-likelihood of the labels, smoothed if asked.
         doubly_stochastic: Sum over captions and cells of (1 - attention a cell got)², Xu et al., equation 14.
+        word_presence: Sum over images and words of the negative log-likelihood of whether the captions of the image
+            have the word; 0 without a word head.
     """
 
     cross_entropy: Tensor
     doubly_stochastic: Tensor
+    word_presence: Tensor
 
 
 class CaptionModel(nn.Module):
@@ -42,6 +47,9 @@ class CaptionModel(nn.Module):
         encoder: Photos to features.
         decoder: Features to words; its feature size is that of the projection if there is one.
         projection: Width of a 1x1 convolution over the features, or None.
+
+    Attributes:
+        word_head: Of training only, see `add_word_head`.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder, projection: int | None) -> None:
@@ -50,6 +58,27 @@ class CaptionModel(nn.Module):
         # On cells a 1x1 convolution is a linear layer.
         self.projection = nn.Linear(encoder.channels, projection) if projection else nn.Identity()
         self.decoder = decoder
+        self.word_head: nn.Linear | None = None
+
+    def add_word_head(self) -> None:
+        """Add a layer that tells from the mean of the features which words the captions of an image have.
+
+        Learning that, too, features come to hold what captions speak of: the attributes of Wu et al., What Value Do
+        Explicit High Level Concepts Have in Vision to Language Problems? (2016), learned along instead of before.
+        """
+        width = self.encoder.channels if isinstance(self.projection, nn.Identity) else self.projection.out_features
+        self.word_head = nn.Linear(width, self.decoder.embedding.num_embeddings)
+        # Of the words of a vocabulary few are said of an image: begin with one in a hundred.
+        nn.init.constant_(self.word_head.bias, math.log(0.01 / 0.99))
+
+    @contextmanager
+    def without_word_head(self) -> Iterator[None]:
+        """Leave out for a while what is not needed for captions."""
+        head, self.word_head = self.word_head, None
+        try:
+            yield
+        finally:
+            self.word_head = head
 
     def forward(
         self,
@@ -94,7 +123,22 @@ class CaptionModel(nn.Module):
             of_words = of_words * packing.pick(weights[:, None].expand_as(labels))
         repeats = self.encoder.repeats(features.shape[1])
         penalty = repeats * ((1 - looked / repeats) ** 2).sum(dim=-1)
-        return CaptionLoss(of_words.sum(), (penalty * (labels[:, 0] != IGNORED_LABEL)).sum())
+        return CaptionLoss(
+            of_words.sum(), (penalty * (labels[:, 0] != IGNORED_LABEL)).sum(), self._word_presence(projected, labels)
+        )
+
+    def _word_presence(self, projected: Tensor, labels: Tensor) -> Tensor:
+        if self.word_head is None:
+            return labels.new_zeros((), dtype=torch.float32)
+        logits = self.word_head(self.decoder.dropout(projected.mean(dim=1)))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        words = labels.view(len(projected), -1)
+        has_captions = (words != IGNORED_LABEL).any(dim=1)
+        # What is no word goes to a column of its own, which is dropped.
+        said = logits.new_zeros(len(words), logits.shape[1] + 1)
+        said.scatter_(1, words.where(words != IGNORED_LABEL, logits.shape[1]), 1.0)
+        of_images = F.binary_cross_entropy_with_logits(logits, said[:, :-1], reduction="none").sum(dim=1)
+        return (of_images * has_captions).sum()
 
     @torch.no_grad()
     def _mix_in(self, projected: Tensor, input_ids: Tensor, packing: Packing, share: float) -> Tensor:

@@ -120,10 +120,12 @@ def build_network(recipe: Recipe, vocabulary: Vocabulary, checkpoint: Path | Non
         pad_id=vocabulary.pad_id,
         load_weights=folder is None,
     )
+    if folder is not None and checkpoint is None:
+        start_from(folder, model, vocabulary, recipe)
+    if recipe.training.word_presence and recipe.training.stage == "cross_entropy":
+        model.add_word_head()
     if folder is not None and checkpoint is not None:
         load_weights(checkpoint, model)
-    elif folder is not None:
-        start_from(folder, model, vocabulary, recipe)
     if checkpoint is None and recipe.training.stage == "scst":
         model.decoder.sharpen(recipe.scst.temperature)
     return model
@@ -217,6 +219,8 @@ def _idle_settings(recipe: Recipe, data: PreparedData, model: CaptionModel) -> I
         yield "encoder.weights=none with a frozen encoder: its features are random; encoder.trainable_from trains it"
     if model.encoder.is_frozen and encoder.batch_norm == "train":
         yield "encoder.batch_norm=train does nothing: the encoder is frozen"
+    if model.encoder.is_frozen and encoder.projection is None and training.word_presence:
+        yield "training.word_presence does nothing: no features learn; encoder.projection or encoder.trainable_from do"
     if recipe.evaluation.consensus is not None and recipe.evaluation.beam_size < 3:
         yield "evaluation.consensus does nothing with fewer than three beams; evaluation.beam_size=10 gives it a choice"
     if data.choosing is None:

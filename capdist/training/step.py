@@ -147,11 +147,9 @@ class TrainStep:
         if self.self_critical is not None:  # a sample is learned for its reward, and nothing else is
             return self.model(**inputs).cross_entropy
         own_words = training.scheduled_sampling * progress
-        cross_entropy, doubly_stochastic = self.model(
-            label_smoothing=training.label_smoothing, own_words=own_words, **inputs
-        )
-        loss: Tensor = cross_entropy + training.doubly_stochastic * doubly_stochastic
-        return loss
+        losses = self.model(label_smoothing=training.label_smoothing, own_words=own_words, **inputs)
+        loss: Tensor = losses.cross_entropy + training.doubly_stochastic * losses.doubly_stochastic
+        return loss + training.word_presence * losses.word_presence
 
     def _inputs(self, batch: CaptionBatch) -> dict[str, Any]:
         tensors = {"input_ids": batch.input_ids, "labels": batch.labels, "weights": batch.weights}

@@ -27,7 +27,12 @@ def weights_after_five_steps(
     arguments += ["run.name=run", f"data.batch_size={batch_size}", f"training.accumulation={accumulation}"]
     # No dropout: masks are drawn by each process. BatchNorm frozen: its statistics are of a process's own images.
     arguments += ["decoder.dropout=0.0", "encoder.trainable_from=all", "encoder.batch_norm=frozen"]
-    arguments += ["data.captions_per_image=3", "training.max_steps=5", "training.epochs=50"]
+    arguments += [
+        "data.captions_per_image=3",
+        "training.max_steps=5",
+        "training.epochs=50",
+        "training.word_presence=0.3",
+    ]
     check_finished(launch(TRAIN, arguments, processes=processes))
     start = json.loads((folder / "run" / "log.jsonl").read_text().splitlines()[0])
     assert start["num_processes"] == processes

@@ -300,6 +300,37 @@ def test_loss_is_that_of_plain_loops(smoothing: float, lengths: Any) -> None:
     assert loss.doubly_stochastic.item() == pytest.approx(penalty, rel=1e-6)
 
 
+@pytest.mark.parametrize("projection", [None, 3])
+@pytest.mark.parametrize("lengths", [LENGTHS, ((0, 3), (0, 0)), ((5, 5), (5, 5))], ids=str)
+def test_word_presence_is_that_of_plain_loops(projection: int | None, lengths: Any) -> None:
+    model = _build(projection=projection)
+    input_ids, labels = _captions(lengths)
+    assert model(input_ids, labels, features=_features()).word_presence == 0
+    model.add_word_head()
+    model.double()
+    head, features = model.word_head, model.projection(_features())
+    expected, captions = 0.0, len(labels) // len(features)
+    for image in range(len(features)):
+        said = {word for row in labels[image * captions :][:captions].tolist() for word in row if word != IGNORED_LABEL}
+        mean = [sum(cell[c] for cell in features[image].tolist()) / features.shape[1] for c in range(features.shape[2])]
+        for word in range(head.out_features if said else 0):
+            logit = sum(w * m for w, m in zip(head.weight[word].tolist(), mean, strict=True)) + head.bias[word].item()
+            chance = 1 / (1 + math.exp(-logit))
+            expected -= math.log(chance if word in said else 1 - chance)
+    assert expected > 0.1
+    assert model(input_ids, labels, features=_features()).word_presence.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_word_head_begins_with_one_word_in_a_hundred_and_can_be_left_out() -> None:
+    model = _build()
+    without = set(model.state_dict())
+    model.add_word_head()
+    torch.testing.assert_close(model.word_head.bias.sigmoid(), torch.full_like(model.word_head.bias, 0.01))
+    with model.without_word_head():
+        assert set(model.state_dict()) == without
+    assert set(model.state_dict()) == without | {"word_head.weight", "word_head.bias"}
+
+
 def test_photos_give_the_loss_of_their_features() -> None:
     model = _build()
     photos = torch.randn(2, 3, 8, 8).double()
@@ -361,10 +392,12 @@ def test_frozen_encoder_gets_no_gradient_and_the_rest_does() -> None:
 def test_batch_without_words_costs_nothing_and_still_reaches_every_parameter(width: int) -> None:
     """A process left without captions takes the step all the same; without gradients the others would wait."""
     model = _build(projection=3)
+    model.add_word_head()
+    model.double()
     input_ids = torch.full((6, width), PAD)
     loss = model(input_ids, torch.full_like(input_ids, IGNORED_LABEL), features=_features(), label_smoothing=0.1)
-    assert (loss.cross_entropy.item(), loss.doubly_stochastic.item()) == (0, 0)
-    (loss.cross_entropy + loss.doubly_stochastic).backward()
+    assert [value.item() for value in loss] == [0, 0, 0]
+    sum(loss).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name

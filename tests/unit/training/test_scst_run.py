@@ -168,3 +168,19 @@ def test_a_run_resumed_with_no_step_left_still_ends_with_a_model(  # type: ignor
     kept = load_file(folder / "model" / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in kept.items())
     assert json.loads((folder / "checkpoints" / "step_00000002" / "state.json").read_text())["state"]["best_step"] == 2
+
+
+def test_a_word_head_is_of_training_only(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    same = ("encoder.projection=8", "evaluation.every_epochs=9")
+    more = ("training.word_presence=1.0", *same)
+    straight, expected = run("straight", "training.max_steps=3", *more)
+    run("halting", "training.max_steps=1", *more)
+    _, resumed = run("halting", "training.max_steps=3", *more, resume=True)
+    assert expected.keys() == resumed.keys() >= {"word_head.weight", "word_head.bias"}
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+    _, plain = run("plain", "training.max_steps=3", *same)
+    assert not torch.equal(plain["projection.weight"], expected["projection.weight"])
+    kept = load_file(straight / "model" / "model.safetensors")
+    assert kept.keys() == plain.keys()
+    _, rewarded = run("rewarded", f"training.start_from={straight / 'model'}", *SCST, *more)
+    assert rewarded.keys() == plain.keys()

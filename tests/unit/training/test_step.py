@@ -51,7 +51,9 @@ def _model(dropout: float = 0.0, **encoder: Any) -> CaptionModel:
         feature_size=5, vocab_size=VOCABULARY, embed_size=8, hidden_size=8, attention_size=8,
         dropout=dropout, gate=True, tie_weights=True, pad_id=0,
     )  # fmt: skip
-    return CaptionModel(Encoder(backbone, **encoder), decoder, 5).double()
+    model = CaptionModel(Encoder(backbone, **encoder), decoder, 5)
+    model.add_word_head()
+    return model.double()
 
 
 def _samples(images: Sequence[int], *, photos: bool = False) -> CaptionBatch:
@@ -73,7 +75,7 @@ def _filler(images: Sequence[int]) -> CaptionBatch:
 
 
 def _recipe(seed: int = 0, **training: Any) -> Recipe:
-    settings = {"clip_norm": None, "label_smoothing": 0.1, "doubly_stochastic": 0.3} | training
+    settings = {"clip_norm": None, "label_smoothing": 0.1, "doubly_stochastic": 0.3, "word_presence": 0.2} | training
     return Recipe(run={"seed": seed}, training=settings)
 
 
@@ -121,9 +123,9 @@ def _expected_gradient() -> dict[str, Tensor]:
     model = _model()
     batch = _samples(range(IMAGES))
     features = torch.from_numpy(_features()).double()
-    cross_entropy, penalty = model(batch.input_ids, batch.labels, features=features, label_smoothing=0.1)
+    cross_entropy, penalty, presence = model(batch.input_ids, batch.labels, features=features, label_smoothing=0.1)
     words = sum(sum(lengths) for lengths in LENGTHS)
-    ((cross_entropy + 0.3 * penalty) / words).backward()
+    ((cross_entropy + 0.3 * penalty + 0.2 * presence) / words).backward()
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
 
 
@@ -182,7 +184,7 @@ def test_report_counts_the_whole_window() -> None:
     report = step(0, window)
     assert report.num_tokens == 3 + 7 + 1 + 5 + 9 + 1 + 4
     assert report.num_captions == 3 + 1 + 0 + 3
-    expected = sum(float(loss.cross_entropy + 0.3 * loss.doubly_stochastic) for loss in losses)
+    expected = sum(float(ce + 0.3 * penalty + 0.2 * presence) for ce, penalty, presence in losses)
     assert report.loss_sum.item() == pytest.approx(expected, rel=1e-6)
     assert report.stop is False
     assert step(1, window, stop_requested=True).stop
