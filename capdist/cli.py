@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capdist import __version__
-from capdist.errors import UsageError, run_program
+from capdist.errors import DataError, UsageError, run_program
 
 if TYPE_CHECKING:
-    from capdist.inference.captioner import Caption
+    from capdist.inference.captioner import Caption, Captioner
 
 app = typer.Typer(
     help="Train, evaluate and use image captioners.",
@@ -121,24 +121,33 @@ def caption(
     attention: Annotated[Path | None, typer.Option(metavar="FOLDER", help="save what each word looked at")] = None,
     debug: Debug = False,
 ) -> None:
-    """Caption photos."""
+    """Caption photos; those that cannot be read are told at the end, with exit code 3."""
     from capdist.inference.captioner import Captioner, find_photos
 
     photos = find_photos(images)
     captioner = Captioner.from_pretrained([model, *(others or ())], image_size=image_size)
     if attention is not None:
         attention.mkdir(parents=True, exist_ok=True)
+    search = {"beam_size": beam_size, "consensus": consensus, "return_attention": attention is not None}
+    unread: list[str] = []
     for start in range(0, len(photos), PHOTOS_AT_ONCE):
-        batch = photos[start : start + PHOTOS_AT_ONCE]
-        captions = captioner.caption(
-            batch,
-            beam_size=beam_size,
-            consensus=consensus,
-            batch_size=PHOTOS_AT_ONCE,
-            return_attention=attention is not None,
-        )
-        for photo, result in zip(batch, captions, strict=True):
+        for photo, result in _caption_readable(captioner, photos[start : start + PHOTOS_AT_ONCE], search, unread):
             _tell_caption(photo, result, as_json, attention)
+    if unread:
+        raise DataError(*unread)
+
+
+def _caption_readable(
+    captioner: Captioner, photos: Sequence[Path], search: dict[str, Any], unread: list[str]
+) -> list[tuple[Path, Caption]]:
+    """Caption the photos that can be read; what is wrong with the others is added to `unread`."""
+    try:
+        return list(zip(photos, captioner.caption(photos, batch_size=len(photos), **search), strict=True))
+    except DataError as error:
+        if len(photos) == 1:
+            unread += error.mistakes
+            return []
+    return [pair for photo in photos for pair in _caption_readable(captioner, [photo], search, unread)]
 
 
 def _tell_caption(photo: Path, result: Caption, as_json: bool, attention: Path | None) -> None:

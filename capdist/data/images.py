@@ -23,6 +23,9 @@ from capdist.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Formats that are opened, whatever a file is called: a short list leaves the decoders that nobody needs unreached."""
 
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""Names of such files, in small letters; what else lies in a folder of photos is none."""
+
 MAX_PIXELS = 100_000_000
 """Photos of more pixels are refused from their header, before memory is spent on them."""
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from capdist.data.images import open_photo, upright_rgb
+from capdist.data.images import PHOTO_SUFFIXES, open_photo, upright_rgb
 from capdist.decoding import SearchOptions, search
 from capdist.errors import CheckpointError, DataError, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained, search_options
@@ -201,15 +201,14 @@ def find_photos(paths: Sequence[Path]) -> list[Path]:
     Raises:
         DataError: for a path that does not exist or a folder without photos.
     """
-    suffixes = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
     photos: list[Path] = []
     mistakes = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in suffixes)
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in PHOTO_SUFFIXES)
             photos += found
             if not found:
-                mistakes.append(f"{path}: no photos in this folder ({', '.join(sorted(suffixes))})")
+                mistakes.append(f"{path}: no photos in this folder ({', '.join(PHOTO_SUFFIXES)})")
         elif path.exists():
             photos.append(path)
         else:

@@ -7,10 +7,10 @@ import re
 from functools import cached_property
 from pathlib import Path
 
+from capdist.data.images import PHOTO_SUFFIXES
 from capdist.data.sources.findings import MISSING_PHOTO, Findings
 from capdist.errors import DataError
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
