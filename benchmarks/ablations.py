@@ -1,6 +1,6 @@
 """What an option is worth: train every row of a file of rows with several seeds, and print the table.
 
-    python benchmarks/ablations.py ROWS --config RECIPE [--seeds 0 1 2] [--jobs 2] [section.key=value …]
+    python benchmarks/ablations.py ROWS [section.key=value …] --config RECIPE [--seeds 0 1 2] [--jobs 2]
     python benchmarks/ablations.py ROWS --table
 
 The files are `benchmarks/ablations_*.yaml`, one for each stage of training; each begins with its command. In overrides
@@ -51,14 +51,18 @@ def folder_of(output: Path, row: str, seed: int) -> Path:
     return output / f"{row.replace(' ', '_')}-{seed}"
 
 
-def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Namespace) -> None:
-    """Train one row with one seed, or what is left of it, and score it; a file beside its folder gets the output."""
+def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Namespace) -> bool:
+    """Train one row with one seed, or what is left of it, and score it; a file beside its folder gets the output.
+
+    Returns:
+        Whether it has a score now.
+    """
     folder = folder_of(arguments.output_dir, row, seed)
     settings = ["evaluation.halve_validation=true", "tracking.with=[]"]
     settings += [*(text.replace("{seed}", str(seed)) for text in arguments.overrides), *changes]
     check_settings(folder, [str(arguments.config), *settings])
     if scores_of(folder):
-        return
+        return True
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     own = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"run.threads={threads}"]
     program = ["--config_file", str(ROOT / "accelerate_config.yaml"), str(ROOT / "capdist" / "train.py")]
@@ -79,6 +83,7 @@ def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Names
             if result.returncode != 0:
                 break
     print(f"{folder.name}: {'done' if result.returncode == 0 else f'failed, see {out.name}'}", flush=True)
+    return result.returncode == 0
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
@@ -123,12 +128,13 @@ def main() -> None:
         parser.error("--config: which recipe do the rows change?")
     if arguments.only:
         rows = {row: rows[row] for row in arguments.only}
+    is_whole = True
     if not arguments.table:
         planned = product(arguments.seeds, rows.items())
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            # A list, so that an error of any is raised here.
-            list(pool.map(lambda one: train(one[1][0], one[1][1], one[0], arguments), planned))
+            is_whole = all([*pool.map(lambda one: train(one[1][0], one[1][1], one[0], arguments), planned)])
     print(table(rows, arguments.output_dir, arguments.seeds))
+    sys.exit(0 if is_whole else 1)
 
 
 if __name__ == "__main__":

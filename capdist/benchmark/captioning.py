@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capdist.benchmark.measure import matrix_product, shares_of_time, time_in_turns
 from capdist.benchmark.report import Row, Table
-from capdist.benchmark.workload import Workload, textbook
+from capdist.benchmark.workload import Workload, check_textbook, textbook
 from capdist.data.prepared import get_split, read_source
 from capdist.decoding import SearchOptions, search
 from capdist.model_folder import load_pretrained, search_options
@@ -39,8 +39,13 @@ def caption(
             None = random weights over made-up features, captions of 11 words.
         repeats: Timed calls of each.
         trace: File for a profile, or None.
+
+    Raises:
+        UsageError: if the textbook does not have the model's decoder.
     """
-    work, features, options = _made_up(work, num_images) if model is None else _trained(work, model, num_images)
+    work, features, options = (
+        _made_up(work, num_images) if model is None else _trained(work, model, num_images, with_textbook=num_plain > 0)
+    )
     options = replace(options, length_penalty=0.0, no_repeat_ngram=0, consensus=None)
     num_plain = min(num_plain, len(features))
     device, size = work.accelerator.device, work.recipe.evaluation.batch_size
@@ -114,8 +119,12 @@ def _made_up(work: Workload, num_images: int) -> tuple[Workload, Tensor, SearchO
     return work, features, options
 
 
-def _trained(work: Workload, folder: Path, num_images: int) -> tuple[Workload, Tensor, SearchOptions]:
+def _trained(
+    work: Workload, folder: Path, num_images: int, with_textbook: bool
+) -> tuple[Workload, Tensor, SearchOptions]:
     trained = load_pretrained(folder)
+    if with_textbook:
+        check_textbook(trained.decoder)
     # Their features are in the cache if the model was trained by this recipe.
     recipe = work.recipe.model_copy(update={"encoder": trained.encoder.model_copy(update={"cache": "auto"})})
     model = trained.model.to(work.accelerator.device)

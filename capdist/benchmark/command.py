@@ -16,7 +16,7 @@ from capdist.benchmark.captioning import caption
 from capdist.benchmark.encoding import encode, load_input
 from capdist.benchmark.report import Table
 from capdist.benchmark.training import epoch, train_step
-from capdist.benchmark.workload import Workload
+from capdist.benchmark.workload import Workload, check_textbook
 from capdist.config import Recipe
 from capdist.errors import UsageError, nearest
 from capdist.files import write_atomically
@@ -97,13 +97,9 @@ def _check(names: Sequence[str], recipe: Recipe, model: Path | None, with_textbo
             raise UsageError(f"benchmark: {name!r} is not one{nearest(name, NAMES)}")
     if not recipe.caches_features and {"train-step", "epoch"} & set(names):
         raise UsageError("benchmark: train-step and epoch train on cached features, and this recipe caches none")
-    if with_textbook and {"train-step", "caption", "epoch"} & set(names):
-        if not recipe.decoder.gate:
-            raise UsageError("decoder.gate: the textbook has a gate; set decoder.gate=true, or give --no-textbook")
-        if recipe.decoder.name != "soft_attention":
-            raise UsageError(
-                f"decoder.name: the textbook's is soft_attention, found {recipe.decoder.name}; give --no-textbook"
-            )
+    of_recipe = {"train-step", "epoch"} if model is not None else {"train-step", "epoch", "caption"}
+    if with_textbook and of_recipe & set(names):
+        check_textbook(recipe.decoder)
     if model is not None and recipe.data.path is None:
         raise UsageError("--model: captions the validation photos of data.path, which is missing")
 

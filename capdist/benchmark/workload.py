@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
-from capdist.config import Recipe
+from capdist.config import DecoderSection, Recipe
 from capdist.data.captions import CaptionTable
 from capdist.data.images import Preprocessing
+from capdist.errors import UsageError
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
 
@@ -114,6 +115,18 @@ def made_up_photos(folder: Path, count: int) -> list[Path]:
 
 
 @cache
+def check_textbook(decoder: DecoderSection) -> None:
+    """Refuse to race the textbook with a decoder that it has not.
+
+    Raises:
+        UsageError: if it is not soft attention with a gate.
+    """
+    if decoder.name != "soft_attention":
+        raise UsageError(f"decoder.name: the textbook's is soft_attention, found {decoder.name}; give --no-textbook")
+    if not decoder.gate:
+        raise UsageError("decoder.gate: the textbook has a gate, found false; give --no-textbook")
+
+
 def textbook() -> ModuleType:
     """Load `benchmarks/textbook.py`, from a checkout or from inside an installed package."""
     here = Path(__file__).resolve().parents[1]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from capdist.config import Recipe
@@ -219,32 +220,38 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample | DataError]) -> CaptionBatch | DataError:
         """Make a batch, or hand on the first error."""
-        good = [sample for sample in samples if isinstance(sample, Sample)]
+        good: list[Sample] = []
         for sample in samples:
             if isinstance(sample, DataError):
                 return sample
-        rows = [c for s in good for c in (*s.captions, *[None] * (self.captions_per_image - len(s.captions)))]
-        length = max((len(row) for row in rows if row is not None), default=1)
-        input_ids = torch.full((len(rows), length), Vocabulary.pad_id)
-        labels = torch.full((len(rows), length), IGNORED_LABEL)
-        for index, row in enumerate(rows):
-            if row is not None:
-                labels[index, : len(row)] = row
-                input_ids[index, 0] = Vocabulary.bos_id
-                input_ids[index, 1 : len(row)] = row[:-1]
+            good.append(sample)
+        nothing = torch.zeros(0, dtype=torch.long)
+        rows = [c for s in good for c in (*s.captions, *[nothing] * (self.captions_per_image - len(s.captions)))]
+        labels = pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL)
         pixels = [s.pixels for s in good if s.pixels is not None]
         return CaptionBatch(
             image_rows=torch.tensor([s.image for s in good]),
             feature_rows=torch.tensor([s.feature_row for s in good]),
             images=torch.stack(pixels) if pixels else None,
-            input_ids=input_ids,
-            labels=labels,
-            attention_mask=(labels != IGNORED_LABEL).long(),
-            lengths=tuple(0 if row is None else len(row) for row in rows),
-            num_tokens=sum(len(row) for row in rows if row is not None),
-            num_captions=sum(row is not None for row in rows),
             mirrored=torch.tensor([s.is_mirrored for s in good]),
+            # A batch of fillers has a column, too.
+            **caption_rows(labels if labels.shape[1] else labels.new_full((len(rows), 1), IGNORED_LABEL)),
         )
+
+
+def caption_rows(labels: Tensor) -> dict[str, Any]:
+    """Return the fields of a `CaptionBatch` that follow from its labels (B·R, T)."""
+    real = labels != IGNORED_LABEL
+    lengths = tuple(real.sum(dim=1).tolist())
+    read = nn.functional.pad(labels[:, :-1], (1, 0), value=Vocabulary.bos_id)
+    return {
+        "input_ids": read.masked_fill(~real, Vocabulary.pad_id),
+        "labels": labels,
+        "attention_mask": real.long(),
+        "lengths": lengths,
+        "num_tokens": sum(lengths),
+        "num_captions": sum(length > 0 for length in lengths),
+    }
 
 
 class PhotoDataset(Dataset[tuple[int, Tensor] | DataError]):

@@ -88,7 +88,7 @@ def beam_search(
             searching, images, tokens = searching[going], images[going], tokens[going]
     over.append((images, pool.join(live)))
     order = torch.cat([left for left, _ in over]).argsort()
-    return Hypotheses.stack([captions for _, captions in over]).select(order).result(options.beam_size, options)
+    return Hypotheses.cat([captions for _, captions in over]).select(order).result(options.beam_size, options)
 
 
 def _first_beams(features: Tensor, options: SearchOptions, with_attention: bool) -> tuple[Hypotheses, Hypotheses]:

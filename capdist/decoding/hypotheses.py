@@ -5,7 +5,7 @@ Shapes: B images, R rows of an image, T positions (`max_length`), N cells of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -79,41 +79,29 @@ class Hypotheses:
 
     def take(self, rows: Tensor) -> Hypotheses:
         """Return a copy that has, as row `r` of image `b`, row `rows[b, r]`; (B, new rows) long."""
-        return Hypotheses(
-            words=gather_rows(self.words, rows),
-            lengths=gather_rows(self.lengths, rows),
-            totals=gather_rows(self.totals, rows),
-            ended=gather_rows(self.ended, rows),
-            attention=None if self.attention is None else gather_rows(self.attention, rows),
-        )
+        return self._map(lambda values: gather_rows(values, rows))
 
     def select(self, images: Tensor) -> Hypotheses:
         """Return a copy that has the rows of some images (kept,) long."""
-        values: Any = (None if value is None else value[images] for value in self._values())
-        return Hypotheses(*values)
-
-    @classmethod
-    def stack(cls, parts: Sequence[Hypotheses]) -> Hypotheses:
-        """Return the images of all parts, one part behind the other."""
-        columns = zip(*(part._values() for part in parts), strict=True)
-        values: Any = (None if column[0] is None else torch.cat(column) for column in columns)
-        return cls(*values)
-
-    def _values(self) -> Iterator[Any]:
-        return (getattr(self, field.name) for field in fields(self))
+        return self._map(lambda values: values[images])
 
     def join(self, other: Hypotheses) -> Hypotheses:
         """Return the rows of both, the other's behind these."""
-        attention = None
-        if self.attention is not None and other.attention is not None:
-            attention = torch.cat([self.attention, other.attention], dim=1)
-        return Hypotheses(
-            words=torch.cat([self.words, other.words], dim=1),
-            lengths=torch.cat([self.lengths, other.lengths], dim=1),
-            totals=torch.cat([self.totals, other.totals], dim=1),
-            ended=torch.cat([self.ended, other.ended], dim=1),
-            attention=attention,
-        )
+        return Hypotheses.cat([self, other], dim=1)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Hypotheses], dim: int = 0) -> Hypotheses:
+        """Return the images of all parts, one part behind the other; with `dim=1` the rows of each image."""
+        columns = zip(*(part._values() for part in parts), strict=True)
+        values: Any = (None if column[0] is None else torch.cat(column, dim) for column in columns)
+        return cls(*values)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Hypotheses:
+        values: Any = (None if value is None else function(value) for value in self._values())
+        return Hypotheses(*values)
+
+    def _values(self) -> Iterator[Any]:
+        return (getattr(self, field.name) for field in fields(self))
 
     def scores(self, length_penalty: float) -> Tensor:
         """Return totals divided by length ** `length_penalty`, (B, R); `<eos>` counts where a row has it."""

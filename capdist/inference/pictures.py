@@ -15,11 +15,9 @@ from torch import Tensor
 
 def _figure(columns: int, rows: int, side: float, row_height: float) -> tuple[Any, list[Any]]:
     """Return a figure and its axes, without pyplot: no display, no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * side, rows * row_height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
     for axis in axes:
         axis.axis("off")
@@ -40,7 +38,7 @@ def save_samples(photos: Sequence[Image.Image], titles: Sequence[str], path: Pat
     figure.suptitle(title, fontsize=11)
     for axis, photo, text in zip(axes, photos, titles, strict=False):
         axis.imshow(photo)
-        axis.set_title("\n".join(textwrap.wrap(text, 34)), fontsize=8.5, y=-0.02, va="top")
+        axis.set_title(textwrap.fill(text, 34), fontsize=8.5, y=-0.02, va="top")
     figure.savefig(path)
 
 

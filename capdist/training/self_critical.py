@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from capdist.config import ScstSection
-from capdist.data.batches import CaptionBatch
+from capdist.data.batches import CaptionBatch, caption_rows
 from capdist.decoding import SearchOptions, SearchResult, greedy_search, sample
 from capdist.metrics.rewards import CaptionReward
 from capdist.models.caption_model import CaptionModel
@@ -113,49 +113,25 @@ class SelfCritical:
         tokens = torch.from_numpy(ids)
         tokens = tokens[:, : max(1, int((tokens >= 0).sum(dim=1).max()))]
         labels = tokens.masked_fill(tokens < 0, IGNORED_LABEL)
-        read = tokens.masked_fill(tokens < 0, self.options.pad_id)
-        first = torch.full((len(ids), 1), self.options.bos_id)
-        input_ids = torch.cat([first, read[:, :-1]], dim=1).masked_fill(labels == IGNORED_LABEL, self.options.pad_id)
         weights = torch.from_numpy(advantages).float()
+        made = replace(batch, weights=weights, **caption_rows(labels))
         if self.section.cross_entropy_weight:
-            return _with_references(batch, input_ids, labels, weights, self.section.cross_entropy_weight)
-        return _rebuilt(batch, input_ids, labels, weights)
+            return _with_references(batch, made, self.section.cross_entropy_weight)
+        return made
 
 
-def _with_references(
-    batch: CaptionBatch, input_ids: Tensor, labels: Tensor, weights: Tensor, reference_weight: float
-) -> CaptionBatch:
+def _with_references(batch: CaptionBatch, samples: CaptionBatch, reference_weight: float) -> CaptionBatch:
     """Put the references of each image behind its samples."""
-    width = max(labels.shape[1], batch.labels.shape[1])
+    width = max(samples.labels.shape[1], batch.labels.shape[1])
     num_images = len(batch.image_rows)
-
-    def join(samples: Tensor, references: Tensor, fill: int) -> Tensor:
-        both = (nn.functional.pad(rows, (0, width - rows.shape[1]), value=fill) for rows in (samples, references))
-        return torch.cat([rows.view(num_images, -1, width) for rows in both], dim=1).flatten(0, 1)
-
-    references = torch.full((num_images, len(batch.lengths) // num_images), reference_weight)
-    both = _rebuilt(
-        batch,
-        join(input_ids, batch.input_ids, 0),
-        join(labels, batch.labels, IGNORED_LABEL),
-        torch.cat([weights.view(num_images, -1), references], dim=1).flatten(),
+    widened = (
+        nn.functional.pad(rows, (0, width - rows.shape[1]), value=IGNORED_LABEL).view(num_images, -1, width)
+        for rows in (samples.labels, batch.labels)
     )
+    assert samples.weights is not None
+    references = torch.full((num_images, len(batch.lengths) // num_images), reference_weight)
+    weights = torch.cat([samples.weights.view(num_images, -1), references], dim=1).flatten()
+    both = replace(batch, weights=weights, **caption_rows(torch.cat([*widened], dim=1).flatten(0, 1)))
     # The words of samples are what a step is divided by, so that references add to the gradient of the reward and do
     # not change it.
-    samples = _rebuilt(batch, input_ids, labels, weights)
     return replace(both, num_tokens=samples.num_tokens, num_captions=samples.num_captions)
-
-
-def _rebuilt(batch: CaptionBatch, input_ids: Tensor, labels: Tensor, weights: Tensor) -> CaptionBatch:
-    real = labels != IGNORED_LABEL
-    lengths = tuple(real.sum(dim=1).tolist())
-    return replace(
-        batch,
-        input_ids=input_ids,
-        labels=labels,
-        attention_mask=real.long(),
-        lengths=lengths,
-        num_tokens=sum(lengths),
-        num_captions=sum(length > 0 for length in lengths),
-        weights=weights,
-    )

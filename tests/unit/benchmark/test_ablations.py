@@ -49,3 +49,11 @@ def test_a_score_is_not_taken_for_that_of_other_settings(tmp_path: Path) -> None
         result = run(["benchmarks/ablations.py", *places, *more])
         assert result.returncode == 1
         assert result.stderr.splitlines()[-1].startswith(f"{tmp_path}/runs/no_gate-0: was trained with other settings")
+
+
+def test_a_run_that_fails_is_told_by_the_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_text("base: []\n")
+    places = ["--config", "configs/scenes.yaml", "--output-dir", str(tmp_path / "runs"), "--seeds", "0"]
+    result = run(["benchmarks/ablations.py", str(tmp_path / "rows.yaml"), "encoder.name=resnet1", *places])
+    assert result.returncode == 1
+    assert "base-0: failed, see" in result.stdout
