@@ -18,6 +18,10 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
+ImageSize = Annotated[int, Field(ge=32, le=2048)]
+BeamSize = Annotated[int, Field(ge=1, le=100)]
+LengthPenalty = Annotated[float, Field(ge=0, le=5)]
+Consensus = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -48,7 +52,7 @@ class DataSection(Section):
     """Where captioned photos come from; `scenes` are drawn and need nothing."""
     path: str | None = None
     """Folder or file of the source, or a Hugging Face data set id; `scenes` needs none."""
-    image_size: Annotated[int, Field(ge=32, le=2048)] = 224
+    image_size: ImageSize = 224
     """Photos are squashed to this many pixels a side: nothing that a caption may mention is cut off."""
     batch_size: Positive = 32
     """Images in one micro-batch of one process."""
@@ -65,9 +69,10 @@ class DataSection(Section):
     color_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Strength of random brightness, contrast and saturation in training; 0 = none."""
     image_column: str | None = None
-    """`hub`: column of the image; null = found by itself."""
+    """`hub`, `folder`: column of the image or its file name; null = found by itself."""
     captions_column: str | None = None
-    """`hub`: column of captions: a list, one a row, or a pattern such as `caption_*`; null = found by itself."""
+    """`hub`, `folder`: column of captions: a list, one a row, or a pattern such as `caption_*`; null = found by
+    itself."""
     id_column: str | None = None
     """`hub`: column that names the image; null = found by itself."""
     split_column: str | None = None
@@ -223,13 +228,13 @@ class EvaluationSection(Section):
 
     every_epochs: Positive = 1
     """Epochs between two validations; the last epoch always ends with one."""
-    beam_size: Annotated[int, Field(ge=1, le=100)] = 3
+    beam_size: BeamSize = 3
     """Beams of the search; 1 = greedy."""
-    length_penalty: Annotated[float, Field(ge=0, le=5)] = 0.0
+    length_penalty: LengthPenalty = 0.0
     """Exponent of the length by which a caption's log-probability is divided."""
     no_repeat_ngram: NotNegative = 0
     """No caption says the same n words twice; 0 = off."""
-    consensus: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    consensus: Consensus | None = None
     """Say the candidate that agrees most with all candidates, each trusted by its probability ** (1 / consensus);
     null = the most probable one. Wants more beams: 10."""
     min_length: NotNegative = 0
@@ -285,7 +290,7 @@ class Recipe(Section):
     @property
     def run_folder(self) -> Path:
         """Folder of the run, `<output_dir>/<name>`."""
-        return Path(self.run.output_dir, self.run.name)
+        return Path(os.path.expanduser(self.run.output_dir), self.run.name)
 
     @property
     def caches_features(self) -> bool:

@@ -11,13 +11,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from capdist import __version__
-from capdist.config import DecoderSection, EncoderSection
+from capdist.config import (
+    BeamSize,
+    Consensus,
+    DecoderSection,
+    EncoderSection,
+    ImageSize,
+    LengthPenalty,
+    NotNegative,
+    Positive,
+    Section,
+)
 from capdist.data.images import Preprocessing
 from capdist.decoding import SearchOptions
-from capdist.errors import CapdistError, CheckpointError, StorageError
+from capdist.errors import CapdistError, CheckpointError, StorageError, show_value
 from capdist.files import set_aside, staged_folder, write_atomically
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
@@ -26,6 +38,9 @@ FORMAT = 1
 SEARCH_KEYS = ("beam_size", "length_penalty", "no_repeat_ngram", "min_length", "consensus")
 """Keys of `evaluation` that say how captions are searched; a model folder has them, older ones no `consensus`."""
 CONFIG, WEIGHTS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
+
+_Spread = Annotated[float, Field(gt=0)]
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -98,7 +113,8 @@ def save_pretrained(trained: TrainedModel, folder: Path) -> None:
 
 def update_metrics(trained: TrainedModel, folder: Path) -> None:
     """Write the metrics of an existing model folder anew, leaving its weights and words alone."""
-    config = _read_config(folder / CONFIG) | {"metrics": dict(trained.metrics)}
+    _read_config(folder / CONFIG)
+    config = json.loads((folder / CONFIG).read_bytes()) | {"metrics": dict(trained.metrics)}
     write_atomically(folder / CARD, _card(trained))
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
@@ -134,8 +150,7 @@ def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
 
     folder = _find(folder_or_hub_id)
     config = _read_config(folder / CONFIG)
-    for name in (WEIGHTS, VOCABULARY):
-        expected = config["sha256"][name]
+    for name, expected in ((WEIGHTS, config.sha256.weights), (VOCABULARY, config.sha256.vocabulary)):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: missing; a model folder is {CONFIG}, {WEIGHTS} and {VOCABULARY}")
         found = sha256(folder / name)
@@ -146,10 +161,13 @@ def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
             )
     vocabulary = Vocabulary.load(folder / VOCABULARY)
     try:
-        encoder = EncoderSection.model_validate(config["encoder"])
-        decoder = DecoderSection.model_validate(config["decoder"])
-        preprocessing = Preprocessing(**{k: _tuple(v) for k, v in config["preprocessing"].items()})
-        model = build_model(encoder, decoder, vocab_size=len(vocabulary), pad_id=vocabulary.pad_id, load_weights=False)
+        model = build_model(
+            config.encoder,
+            config.decoder,
+            vocab_size=len(vocabulary),
+            pad_id=vocabulary.pad_id,
+            load_weights=False,
+        )
         load_model(model, folder / WEIGHTS)
     except (CapdistError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:160]
@@ -157,18 +175,14 @@ def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
     return TrainedModel(
         model.eval(),
         vocabulary,
-        preprocessing,
-        encoder,
-        decoder,
-        config["max_length"],
-        config["search"],
-        config["metrics"],
-        config["sha256"][WEIGHTS],
+        Preprocessing(**config.preprocessing.model_dump()),
+        config.encoder,
+        config.decoder,
+        config.max_length,
+        config.search.model_dump(exclude_unset=True),
+        config.metrics,
+        config.sha256.weights,
     )
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _find(folder_or_hub_id: str | Path) -> Path:
@@ -193,27 +207,74 @@ def _find(folder_or_hub_id: str | Path) -> Path:
         ) from None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+class _PreprocessingConfig(Section):
+    image_size: ImageSize
+    mean: tuple[float, float, float]
+    std: tuple[_Spread, _Spread, _Spread]
+
+
+class _SearchConfig(Section):
+    """In the order of `EvaluationSection`, in which a folder that is saved again has them."""
+
+    beam_size: BeamSize
+    length_penalty: LengthPenalty
+    no_repeat_ngram: NotNegative
+    consensus: Consensus | None = None
+    min_length: NotNegative
+
+
+class _DigestsConfig(Section):
+    weights: _Digest = Field(alias="model.safetensors")
+    vocabulary: _Digest = Field(alias="vocabulary.json")
+
+
+class _Config(BaseModel):
+    """What `config.json` must hold; it is foreign input, and what it says is believed only in these bounds."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    encoder: EncoderSection
+    decoder: DecoderSection
+    preprocessing: _PreprocessingConfig
+    max_length: Positive
+    search: _SearchConfig
+    metrics: dict[str, Any]
+    sha256: _DigestsConfig
+
+
+def _read_config(path: Path) -> _Config:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        config = _Config.model_validate_json(path.read_bytes())
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from None
-    needed = {"format", "encoder", "decoder", "preprocessing", "max_length", "search", "metrics", "sha256"}
-    if not isinstance(config, dict) or not needed <= config.keys():
-        raise CheckpointError(f"{path}: is not the config of a capdist model; foreign checkpoints cannot be read")
-    if config["format"] != FORMAT:
-        raise CheckpointError(f"{path}: has format {config['format']}, this version of capdist reads {FORMAT}")
-    kinds = {"sha256": dict, "preprocessing": dict, "search": dict, "metrics": dict, "max_length": int}
-    wrong = [key for key, kind in kinds.items() if not isinstance(config[key], kind)]
-    # Folders of before there was a consensus lack its key.
-    wrong += [f"search.{key}" for key in SEARCH_KEYS if not wrong and key not in {"consensus", *config["search"]}]
-    if not wrong and type(config["search"].get("consensus")) not in (int, float, type(None)):
-        wrong.append("search.consensus")
-    if wrong:
-        raise CheckpointError(f"{path}: {wrong[0]!r} is damaged or missing")
-    if not all(isinstance(config["sha256"].get(name), str) for name in (WEIGHTS, VOCABULARY)):
-        raise CheckpointError(f"{path}: 'sha256' must list {WEIGHTS} and {VOCABULARY}")
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: {_explain(error)}") from None
+    if config.search.min_length > config.max_length:
+        raise CheckpointError(
+            f"{path}: search.min_length: {config.search.min_length} is more than max_length = {config.max_length}; "
+            "no caption could be both; copy the folder again"
+        )
     return config
+
+
+def _explain(error: ValidationError) -> str:
+    """Return what is wrong with a config, of several mistakes the one that tells most: such a file is not mended."""
+    mistakes = {".".join(map(str, details["loc"])): details for details in error.errors(include_url=False)}
+    key, details = next(iter(mistakes.items()))
+    if details["type"] == "json_invalid":
+        return f"cannot be read ({details['msg']})"
+    if not key or any(one["type"] == "missing" and name in _Config.model_fields for name, one in mistakes.items()):
+        return "is not the config of a capdist model; foreign checkpoints cannot be read"
+    if "format" in mistakes:
+        return f"has format {show_value(mistakes['format']['input'])}, this version of capdist reads {FORMAT}"
+    if details["type"] == "missing":
+        return f"{key}: missing; the file is damaged: copy the folder again"
+    if details["type"] == "extra_forbidden":
+        *section, name = map(str, details["loc"])
+        return f"{'.'.join(section)}: unknown key {name[:60]!r}; the file is damaged, or of another version of capdist"
+    reason = details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{key}: must be {reason}, found {show_value(details['input'])}; the file is damaged: copy the folder again"
 
 
 def _card(trained: TrainedModel) -> str:

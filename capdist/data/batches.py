@@ -20,6 +20,9 @@ from capdist.data.images import Augmentation, Preprocessing, build_augmentation,
 from capdist.errors import DataError
 from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
 
+Unreadable = DataError | OSError
+"""What a worker hands back instead of a sample: raised in it, an error would lose its class and what it is about."""
+
 
 class SampleKey(NamedTuple):
     """Names a sample; everything random about it is a function of this and the seed.
@@ -131,7 +134,7 @@ def build_views(recipe: Recipe) -> Views | None:
     return None if augmentation is None or count is None else Views(augmentation, count, recipe.run.seed)
 
 
-class CaptionDataset(Dataset[Sample | DataError]):
+class CaptionDataset(Dataset[Sample | Unreadable]):
     """Training samples by `SampleKey`. Stateless, so that any worker of any run makes the same sample of a key.
 
     Args:
@@ -165,11 +168,11 @@ class CaptionDataset(Dataset[Sample | DataError]):
         self.views = views
         self.mirrored_words = mirrored_words or {}
 
-    def __getitem__(self, key: SampleKey) -> Sample | DataError:
-        """Make a sample; a broken photo is handed back as its error: raised in a worker it would lose its class."""
+    def __getitem__(self, key: SampleKey) -> Sample | Unreadable:
+        """Make a sample; a photo that cannot be read is handed back as its error."""
         try:
             pixels = self._pixels(key) if self.photos is not None else None
-        except DataError as error:
+        except (DataError, OSError) as error:
             return error
         row = key.image if self.views is None else self.views.row(key.image, key.epoch)
         captions = [] if key.is_filler else self._captions(key)
@@ -218,11 +221,11 @@ class Collator:
     def __init__(self, captions_per_image: int) -> None:
         self.captions_per_image = captions_per_image
 
-    def __call__(self, samples: Sequence[Sample | DataError]) -> CaptionBatch | DataError:
+    def __call__(self, samples: Sequence[Sample | Unreadable]) -> CaptionBatch | Unreadable:
         """Make a batch, or hand on the first error."""
         good: list[Sample] = []
         for sample in samples:
-            if isinstance(sample, DataError):
+            if isinstance(sample, Unreadable):
                 return sample
             good.append(sample)
         nothing = torch.zeros(0, dtype=torch.long)
@@ -254,7 +257,7 @@ def caption_rows(labels: Tensor) -> dict[str, Any]:
     }
 
 
-class PhotoDataset(Dataset[tuple[int, Tensor] | DataError]):
+class PhotoDataset(Dataset[tuple[int, Tensor] | Unreadable]):
     """Photos of a split by row, not augmented, or their views by row of the feature store.
 
     Args:
@@ -271,11 +274,11 @@ class PhotoDataset(Dataset[tuple[int, Tensor] | DataError]):
     def __len__(self) -> int:
         return len(self.photos) * (1 if self.views is None else self.views.count)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor] | DataError:
+    def __getitem__(self, row: int) -> tuple[int, Tensor] | Unreadable:
         """Return the row and its photo, uint8 (3, S, S), or the error of a broken photo."""
         try:
             return row, self._pixels(row)
-        except DataError as error:
+        except (DataError, OSError) as error:
             return error
 
     def _pixels(self, row: int) -> Tensor:
@@ -286,10 +289,10 @@ class PhotoDataset(Dataset[tuple[int, Tensor] | DataError]):
         return _augmented(self.photos[image], self.preprocessing, self.views.augmentation, seed)
 
 
-def collate_photos(items: Sequence[tuple[int, Tensor] | DataError]) -> tuple[Tensor, Tensor] | DataError:
+def collate_photos(items: Sequence[tuple[int, Tensor] | Unreadable]) -> tuple[Tensor, Tensor] | Unreadable:
     """Return rows (B,) and photos uint8 (B, 3, S, S), or the first error."""
     for item in items:
-        if isinstance(item, DataError):
+        if isinstance(item, Unreadable):
             return item
-    rows, photos = zip(*(item for item in items if not isinstance(item, DataError)), strict=True)
+    rows, photos = zip(*(item for item in items if not isinstance(item, Unreadable)), strict=True)
     return torch.tensor(rows), torch.stack(photos)

@@ -5,6 +5,7 @@ Shapes: S pixels a side. Photos stay uint8 until they are on the device.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Mapping
@@ -23,11 +24,11 @@ from capdist.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Formats that are opened, whatever a file is called: a short list leaves the decoders that nobody needs unreached."""
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""Names of such files, in small letters; what else lies in a folder of photos is none."""
-
 MAX_PIXELS = 100_000_000
 """Photos of more pixels are refused from their header, before memory is spent on them."""
+
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+"""What fails to read a photo that may be sound; `errors.run_program` knows what to do about each."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Im
 
     Raises:
         DataError: naming the photo and what is wrong with it.
+        OSError: The disk failed, or there are too many open files; the photo may be sound.
     """
     name = image.get("path") or "image"
     data = image.get("bytes")
@@ -145,8 +147,12 @@ def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Im
         raise DataError(f"{name}: {error}") from None
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged files
-        reason = "not a photo" if "cannot identify" in str(error) else str(error)
+    except Exception as error:  # Pillow's parsers let out whatever damage makes them meet: struct.error, IndexError, …
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
+            raise
+        reason = (
+            "not a photo" if "cannot identify" in str(error) else " ".join(str(error).split()) or type(error).__name__
+        )
         raise DataError(
             f"{name}: {reason}; readable are {', '.join(FORMATS)}; `capdist check` lists all such photos"
         ) from None
@@ -169,8 +175,12 @@ def upright_rgb(photo: Image.Image) -> Image.Image:
 
 
 def _upright(photo: Image.Image) -> Image.Image:
+    photo.load()  # PNG may have its EXIF behind the pixels, whose own damage must not pass for damage in a tag
     # Not ImageOps.exif_transpose: it writes all of the EXIF anew, and fails on damage in tags that nobody needs.
-    orientation = photo.getexif().get(0x0112)
+    try:
+        orientation = photo.getexif().get(0x0112)
+    except Exception:  # as above; as it is stored is the best guess
+        orientation = None
     method = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
     return photo if method is None else photo.transpose(method)
 

@@ -20,6 +20,7 @@ from capdist.data.batches import (
     Collator,
     PhotoDataset,
     SampleKey,
+    Unreadable,
     collate_photos,
 )
 from capdist.data.captions import CaptionTable, seed_of
@@ -134,7 +135,7 @@ def training_batches(
     """Yield the micro-batches of one process for a range of steps, across epochs.
 
     Raises:
-        DataError: when a photo cannot be read.
+        DataError, OSError: when a photo cannot be read.
     """
     loader = DataLoader(
         dataset,
@@ -151,7 +152,7 @@ def photo_batches(
     """Yield rows (B,) and photos uint8 (B, 3, S, S) of some rows of a split, in order.
 
     Raises:
-        DataError: when a photo cannot be read.
+        DataError, OSError: when a photo cannot be read.
     """
     batches = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     loader = DataLoader(
@@ -175,7 +176,7 @@ def _loader_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
 def _good(loader: DataLoader[Any]) -> Iterator[Any]:
     try:
         for batch in loader:
-            if isinstance(batch, DataError):
+            if isinstance(batch, Unreadable):
                 raise batch
             yield batch
     except RuntimeError as error:

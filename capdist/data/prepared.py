@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from capdist.config import DataSection, Recipe, TextSection
 from capdist.data.captions import CaptionTable, tokenize_images
 from capdist.data.sources import load_source
+from capdist.data.sources.records import SPLIT_WORDS
 from capdist.errors import DataError
 from capdist.text.vocabulary import Vocabulary
 
@@ -19,13 +20,8 @@ if TYPE_CHECKING:
 CHOOSE, REPORT = "validation-choose", "validation-report"
 """Halves of the validation split: on one a model and its search are chosen, on the other nothing ever is."""
 
-SPLIT_ALIASES = {
-    "dev": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "dev-choose": CHOOSE,
-    "dev-report": REPORT,
-}
+SPLIT_ALIASES = {**SPLIT_WORDS, "dev-choose": CHOOSE, "dev-report": REPORT}
+"""Names that `get_split` takes for splits and the halves of `validation`."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def read_source(data: DataSection) -> LoadedData:
 
 
 def get_split(loaded: LoadedData, name: str) -> Split:
-    """Return a split; `dev` and `val` are names of `validation`, `dev-choose` and `dev-report` of its halves.
+    """Return a split; it may be called as in `SPLIT_ALIASES`, the halves of `validation` `dev-choose`, `dev-report`.
 
     A half is made of every second image in the order of the SHA-256 of their ids, so that it is the same everywhere;
     with `data.limit`, of the images that are left.

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from capdist.data.images import PHOTO_SUFFIXES, open_photo, upright_rgb
+from capdist.data.images import open_photo, upright_rgb
+from capdist.data.sources.photos import PHOTO_SUFFIXES
 from capdist.decoding import SearchOptions, search
 from capdist.errors import CheckpointError, DataError, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained, search_options

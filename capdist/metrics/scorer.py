@@ -42,10 +42,6 @@ class CaptionScorer:
         self._reference_tokens: list[list[list[str]]] | None = None
         self._captions: dict[str, str] = {}
 
-    def __len__(self) -> int:
-        """Return how many different images were captioned so far."""
-        return len(self._captions)
-
     def add(self, image_id: str, caption: str) -> None:
         """Add the caption of one image, raw text; if the image has one already, this one is dropped."""
         self._captions.setdefault(image_id, caption)

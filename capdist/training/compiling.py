@@ -12,7 +12,7 @@ from capdist.models.encoder_pass import EncoderPass
 logger = logging.getLogger(__name__)
 
 WORTH_IT_S = 900.0
-"""Seconds of encoding that must remain: compiling costs some tens. What it wins is measured in `docs/performance.md`."""
+"""Seconds of encoding that must remain: compiling costs some tens. What it wins: `docs/performance.md`."""
 
 
 class CompilingEncoder:

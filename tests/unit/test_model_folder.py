@@ -126,6 +126,15 @@ def test_a_saved_folder_saves_again_the_same(pristine: Path, tmp_path: Path) -> 
         assert (tmp_path / "again" / name).read_bytes() == (pristine / name).read_bytes(), name
 
 
+def test_a_folder_as_a_run_writes_it_saves_again_the_same(tmp_path: Path) -> None:
+    search = EvaluationSection(consensus=4.0, beam_size=10).model_dump(include=set(SEARCH_KEYS))
+    save_pretrained(replace(_trained(), search=search), tmp_path / "model")
+    loaded = load_pretrained(tmp_path / "model")
+    assert loaded.search == search
+    save_pretrained(loaded, tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "model" / "config.json").read_bytes()
+
+
 def test_exactly_the_promised_files_and_nothing_beside_them(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "er" / "model"
     save_pretrained(_trained(), folder)
@@ -346,6 +355,59 @@ def test_consensus_travels_with_the_model_and_can_be_overruled(folder: Path) -> 
 def test_config_with_damaged_settings_is_refused(folder: Path, key: str, value: Any) -> None:
     _edit_config(folder, lambda config: config.update({key: value}))
     _refused(folder, "config.json")
+
+
+BEYOND_BOUNDS = [
+    ("preprocessing.mean", [0.5], "missing"),
+    ("preprocessing.mean", [0.5, 0.5, 0.5, 0.5], "3 items"),
+    ("preprocessing.std", [0.2, 0, 0.2], "greater than 0"),
+    ("preprocessing.std", [0.2, float("nan"), 0.2], "finite"),
+    ("preprocessing.image_size", "64", "integer"),
+    ("preprocessing.image_size", 0, "32"),
+    ("preprocessing.image_size", 64.5, "integer"),
+    ("preprocessing.crop", 0.9, "unknown key 'crop'"),
+    ("search.beam_size", "3", "integer"),
+    ("search.beam_size", 0, "1"),
+    ("search.beam_size", True, "integer"),
+    ("search.length_penalty", float("inf"), "finite"),
+    ("search.consensus", -3, "greater than 0"),
+    ("search.min_length", 8, "max_length = 7"),
+    ("search.two\nlines", 3, "unknown key 'two\\nlines'"),
+    ("max_length", 0, "1"),
+    ("max_length", True, "integer"),
+    ("encoder.grid", 0, "1"),
+    ("encoder.weight", "none", "unknown key 'weight'"),
+    ("metrics", [], "object"),
+    ("sha256.vocabulary.json", "f" * 63, "pattern"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "complaint"), BEYOND_BOUNDS, ids=[f"{p}={v}" for p, v, _ in BEYOND_BOUNDS])
+def test_config_is_foreign_input(folder: Path, place: str, value: Any, complaint: str) -> None:
+    section, _, key = place.partition(".")
+    _edit_config(folder, lambda c: c[section].update({key: value}) if key else c.update({section: value}))
+    mistake = _refused(folder, "config.json")
+    assert f"config.json: {section if complaint.startswith('unknown') else place}" in mistake
+    assert complaint in mistake
+
+
+def test_config_without_a_key_of_the_search_names_it(folder: Path) -> None:
+    _edit_config(folder, lambda config: config["search"].pop("beam_size"))
+    assert "search.beam_size: missing" in _refused(folder, "config.json")
+
+
+def test_config_of_another_version_names_both_formats(folder: Path) -> None:
+    _edit_config(folder, lambda config: config.update(format=2, max_length="seven"))
+    mistake = _refused(folder, "config.json")
+    assert "has format 2" in mistake
+    assert "reads 1" in mistake
+
+
+def test_what_else_a_config_says_survives_new_metrics(folder: Path) -> None:
+    _edit_config(folder, lambda config: config.update(trained_by="somebody"))
+    update_metrics(replace(load_pretrained(folder), metrics={"cider": 0.9}), folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["trained_by"], config["metrics"]) == ("somebody", {"cider": 0.9})
 
 
 def test_config_with_an_unknown_encoder_is_refused(folder: Path) -> None:

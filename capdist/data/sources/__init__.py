@@ -39,7 +39,6 @@ def load_source(
     id_column: str | None = None,
     split_column: str | None = None,
     limit: int | None = None,
-    seed: int = 0,
 ) -> LoadedData:
     """Read the captioned photos of a source.
 
@@ -51,8 +50,6 @@ def load_source(
         id_column: Column that names the image; rows of the same name are captions of the same image.
         split_column: Column that names the split of a row.
         limit: Only the first so many images of each split.
-        seed: Salt of the split that is made where the data brings none. Training and evaluation must give the
-            same, or test images are trained on.
 
     Returns:
         The splits, and what was odd about the data in plain words.
@@ -67,7 +64,7 @@ def load_source(
     columns = (image_column, captions_column, id_column, split_column)
     _check_settings(source, path, columns, limit)
     findings = Findings()
-    splits = SOURCES[source](Request(path or "", *columns, limit, seed), findings)
+    splits = SOURCES[source](Request(path or "", *columns, limit), findings)
     findings.raise_mistakes()
     if not splits:
         raise DataError(f"{path}: no image with captions in any split", *findings.notes())

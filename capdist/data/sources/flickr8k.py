@@ -45,7 +45,7 @@ def load(request: Request, findings: Findings) -> DatasetDict:
     captions = _read_captions(root, findings)
     paths = {name: path for name, (place, _) in captions.items() if (path := photos.find(name, place))}
     usable = {name: Record(name, captions[name][1], path) for name, path in paths.items() if captions[name][1]}
-    splits = _read_splits(root, findings) or _made_up_splits(list(usable), request.seed, findings)
+    splits = _read_splits(root, findings) or _made_up_splits(list(usable), findings)
     _note_left_out(photos, usable, captions, splits, findings)
     records = {split: [usable[name] for name in names if name in usable] for split, names in splits.items()}
     return to_splits(records, request.limit)
@@ -126,13 +126,13 @@ def _read_splits(root: Path, findings: Findings) -> dict[str, list[str]]:
     return splits
 
 
-def _made_up_splits(names: list[str], seed: int, findings: Findings) -> dict[str, list[str]]:
+def _made_up_splits(names: list[str], findings: Findings) -> dict[str, list[str]]:
     findings.remark(
         "this is not the official split: no Flickr_8k.*Images.txt lists were found, so photos were divided "
         "6 : 1 : 1 by the hash of their names; results do not compare with published ones until "
         "the official lists are put into the folder"
     )
-    return split_by_hash(names, _HELD_OUT, seed)
+    return split_by_hash(names, _HELD_OUT)
 
 
 def _note_left_out(

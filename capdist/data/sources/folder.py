@@ -33,7 +33,7 @@ class _Entry:
 
     place: str
     path: str | None
-    split: str | None  # as written
+    split: str | None  # as written, None where nothing is
     captions: list[str] = field(default_factory=list)
 
 
@@ -47,7 +47,7 @@ def load(request: Request, findings: Findings) -> DatasetDict:
     names = [name for name, entry in entries.items() if entry.path and _has_captions(name, entry, findings)]
     splits = _given_splits(names, entries, findings)
     if splits is None:
-        splits = split_by_hash(names, _HELD_OUT, request.seed)
+        splits = split_by_hash(names, _HELD_OUT)
         counts = ", ".join(f"{len(splits.get(split, [])):,} {split}" for split in SPLITS)
         findings.remark(f"no split is given, so photos were divided by the hash of their names: {counts}")
     records = {
@@ -107,7 +107,7 @@ class _Metadata:
             return
         if split is None:
             column = optional_column(columns, asked.split_column, ("split",), "data.split_column", place)
-            split = str(row[column]) if column else None
+            split = _split_word(row[column]) if column else None
         entry = self.entries.get(f"{prefix}{name}")
         if entry is None:
             entry = self.entries[f"{prefix}{name}"] = _Entry(place, photos.find(name, place), split)
@@ -122,6 +122,11 @@ class _Metadata:
             self._findings.mistake("the photo has a row already; give all its captions in one", place)
         elif entry.split != split:
             self._findings.mistake(f"the photo is in another split at {entry.place}; it belongs to one", place)
+
+
+def _split_word(cell: object) -> str | None:
+    """Return a split as it is written; null and an empty cell name none."""
+    return None if cell is None else str(cell).strip() or None
 
 
 def _read_jsonl(file: Path, findings: Findings) -> Iterator[tuple[str, dict[str, object]]]:

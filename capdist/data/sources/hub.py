@@ -54,8 +54,7 @@ def load(request: Request, findings: Findings) -> DatasetDict:
 
 def _implied_split_column(tables: DatasetDict, findings: Findings) -> str | None:
     """A data set of a single split may name the real one in a column."""
-    (only, *others) = tables.values()
-    if others or "split" not in only.column_names:
+    if len(tables) != 1 or "split" not in next(iter(tables.values())).column_names:
         return None
     findings.remark("the data set comes in one piece, so its column 'split' divides it")
     return "split"

@@ -7,9 +7,11 @@ import re
 from functools import cached_property
 from pathlib import Path
 
-from capdist.data.images import PHOTO_SUFFIXES
 from capdist.data.sources.findings import MISSING_PHOTO, Findings
 from capdist.errors import DataError
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+"""Names of the formats that `capdist.data.images` opens; what else lies in a folder of photos is none."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 

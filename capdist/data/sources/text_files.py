@@ -46,6 +46,9 @@ def read_csv(path: Path, findings: Findings) -> Iterator[tuple[str, dict[str, st
     """Yield `("file:line", {column: text})` for each row of a CSV file with a header.
 
     Each line is parsed by itself: a forgotten quote then spoils one line and cannot swallow those behind it.
+
+    Raises:
+        DataError: as `read_text`, or a column stands twice.
     """
     lines = read_lines(path)
     header: list[str] = []
@@ -55,6 +58,7 @@ def read_csv(path: Path, findings: Findings) -> Iterator[tuple[str, dict[str, st
             findings.mistake("the quotes do not match; write a quote inside a quoted field twice", place)
         elif not header:
             header = [name.strip() for name in fields]
+            _refuse_repeated(header, place)
         elif len(fields) != len(header):
             findings.mistake(
                 f"the number of fields is not the {len(header)} of the header; quote captions that hold commas",
@@ -62,6 +66,16 @@ def read_csv(path: Path, findings: Findings) -> Iterator[tuple[str, dict[str, st
             )
         else:
             yield place, dict(zip(header, fields, strict=True))
+
+
+def _refuse_repeated(header: list[str], place: str) -> None:
+    # Spreadsheets leave nameless columns behind, which nobody reads.
+    repeated = next((name for name in header if name and header.count(name) > 1), None)
+    if repeated is not None:
+        raise DataError(
+            f"{place}: {header.count(repeated)} columns are called '{repeated}', of which one would be read; name each "
+            "by itself, captions caption_1, caption_2 and so on"
+        )
 
 
 def _csv_fields(line: str) -> list[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import os
 import random
@@ -262,6 +263,23 @@ def test_a_turned_photo_with_odd_exif_is_still_read() -> None:
     assert _open(content).size == (10, 20)
 
 
+def _png_with(before_pixels: bytes = b"", behind_pixels: bytes = b"") -> bytes:
+    content = _encode(_smooth(20, 10), "PNG")
+    end = content.rindex(b"IEND") - 4
+    return content[:33] + before_pixels + content[33:end] + behind_pixels + content[end:]
+
+
+def _chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_photo_with_a_cut_exif_chunk_is_read_as_it_is_stored(behind: bool) -> None:
+    chunk = _chunk(b"eXIf", b"MM\0*")
+    content = _png_with(behind_pixels=chunk) if behind else _png_with(before_pixels=chunk)
+    assert np.array_equal(_pixels(_open(content)), np.asarray(_smooth(20, 10)))
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -306,6 +324,31 @@ def test_broken_photos_are_named_in_one_line(content: bytes, from_file: bool, tm
     image = {"path": str(path), "bytes": None if from_file else content}
     for load in (lambda: open_photo(image), lambda: PREPROCESSING.load(image)):
         assert "capdist check" in _refusal(load, str(path))
+
+
+def test_what_pillow_trips_over_is_damage_too() -> None:
+    """An `IndexError` of its parser of colour profiles."""
+    content = _png_with(behind_pixels=_chunk(b"iCCP", b"icc\0"))
+    assert "capdist check" in _refusal(lambda: _open(content))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE)]
+    + [MemoryError()],
+    ids=str,
+)
+def test_what_fails_in_the_machine_is_not_blamed_on_the_photo(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    (tmp_path / "photo.png").write_bytes(PNG)
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(type(error)) as caught:
+        open_photo({"path": str(tmp_path / "photo.png"), "bytes": None})
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "TIFF", "PPM", "ICO", "TGA", "PCX", "EPS"])

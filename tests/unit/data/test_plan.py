@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import math
@@ -276,6 +277,19 @@ def test_a_killed_worker_is_explained() -> None:
     dataset = PhotoDataset(_DeadlyPhotos([{}] * 4), Preprocessing(4, (0.5,) * 3, (0.5,) * 3))
     with pytest.raises(ProcessError, match=r"data\.num_workers"):
         list(photo_batches(dataset, range(4), batch_size=1, num_workers=1, pin_memory=False))
+
+
+class _PhotosOnABadDisk(list[dict[str, object]]):
+    def __getitem__(self, index: object) -> dict[str, object]:  # type: ignore[override]
+        raise OSError(errno.EIO, "Input/output error", "/photos/a.jpg")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_the_disk_keeps_its_number_and_its_file(num_workers: int) -> None:
+    dataset = PhotoDataset(_PhotosOnABadDisk([{}]), Preprocessing(4, (0.5,) * 3, (0.5,) * 3))
+    with pytest.raises(OSError, match="/photos/a.jpg") as caught:
+        list(photo_batches(dataset, [0], batch_size=1, num_workers=num_workers, pin_memory=False))
+    assert caught.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -67,6 +68,24 @@ def test_csv_with_several_rows_or_columns(tmp_path: Path, text: str) -> None:
     assert _captions(load_source("folder", str(tmp_path))) == {"a.png": ["A cat, grey.", "Another."]}
 
 
+@pytest.mark.parametrize("header", ["file_name,caption,caption,caption", "file_name, caption ,caption,split"])
+def test_csv_column_that_stands_twice_is_named(tmp_path: Path, header: str) -> None:
+    _photos(tmp_path, "a.png")
+    file = tmp_path / "metadata.csv"
+    file.write_text(f"\n{header}\na.png,A cat.,A grey cat.,test\n")
+    (mistake,) = _mistakes(tmp_path)
+    assert mistake.startswith(f"{file}:2: {header.count('caption')} columns are called 'caption'")
+    assert "caption_1, caption_2" in mistake
+    file.write_text("file_name,caption_1,caption_2,split\na.png,A cat.,A grey cat.,test\n")
+    assert _captions(load_source("folder", str(tmp_path))) == {"a.png": ["A cat.", "A grey cat."]}
+
+
+def test_csv_columns_without_a_name_are_what_spreadsheets_leave(tmp_path: Path) -> None:
+    _photos(tmp_path, "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,caption,,\na.png,A cat.,,\n")
+    assert _captions(load_source("folder", str(tmp_path))) == {"a.png": ["A cat."]}
+
+
 def test_folders_for_splits(tmp_path: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         _photos(tmp_path / split, *(f"{number}.png" for number in range(count)))
@@ -89,6 +108,41 @@ def test_split_is_made_where_there_is_none(tmp_path: Path, count: int, parts: tu
     assert {k: v["image_id"][:] for k, v in again.splits.items()} == {
         k: v["image_id"][:] for k, v in loaded.splits.items()
     }
+
+
+def test_a_split_that_is_made_is_that_of_every_version(tmp_path: Path) -> None:
+    """Photos that a model was trained on must not become those it is tested on."""
+    names = [f"{number}.png" for number in range(20)]
+    _photos(tmp_path, *names)
+    _jsonl(tmp_path, *({"file_name": name, "captions": ["A cat."]} for name in names))
+    splits = load_source("folder", str(tmp_path)).splits
+    ordered = sorted(names, key=lambda name: hashlib.sha256(b"0:" + name.encode()).hexdigest())
+    assert splits["validation"]["image_id"][:] == ordered[:2]
+    assert splits["test"]["image_id"][:] == ordered[2:4]
+    assert splits["train"]["image_id"][:] == ordered[4:]
+
+
+@pytest.mark.parametrize("empty", [None, "", " "])
+@pytest.mark.parametrize("as_csv", [False, True])
+def test_a_split_column_without_a_split_is_as_none(tmp_path: Path, empty: str | None, as_csv: bool) -> None:
+    names = [f"{number}.png" for number in range(20)]
+    _photos(tmp_path, *names)
+    if as_csv:
+        rows = "".join(f"{name},A cat.,{empty or ''}\n" for name in names)
+        (tmp_path / "metadata.csv").write_text(f"file_name,caption,split\n{rows}")
+    else:
+        _jsonl(tmp_path, *({"file_name": name, "captions": ["A cat."], "split": empty} for name in names))
+    loaded = load_source("folder", str(tmp_path))
+    assert _counts(loaded) == {"train": 16, "validation": 2, "test": 2}
+    assert loaded.notes[0].startswith("no split is given")
+
+
+def test_photos_without_a_split_among_others_are_left_out(tmp_path: Path) -> None:
+    _photos(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "metadata.csv").write_text("file_name,caption,split\na.png,A.,train\nb.png,B.,\nc.png,C.,test\n")
+    loaded = load_source("folder", str(tmp_path))
+    assert _counts(loaded) == {"train": 1, "test": 1}
+    assert loaded.notes == ("1 image is in none of train, validation and test and was left out: b.png (none)",)
 
 
 def test_chosen_columns(tmp_path: Path) -> None:

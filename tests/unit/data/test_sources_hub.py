@@ -156,6 +156,11 @@ def test_doubled_ids_are_refused(tmp_path: Path) -> None:
     assert "an image belongs to one split" in _mistakes(_save(tmp_path / "two", train=train, test=test))[0]
 
 
+def test_a_data_set_without_splits_has_no_image(tmp_path: Path) -> None:
+    path = _save(tmp_path)
+    assert _mistakes(path) == (f"{path}: no image with captions in any split",)
+
+
 def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     assert "cannot be read" in _mistakes(str(tmp_path))[0]
     (tmp_path / "train.parquet").write_bytes(b"PAR1 no")

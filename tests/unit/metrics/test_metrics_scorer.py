@@ -34,7 +34,7 @@ def test_an_image_added_twice_counts_once_and_the_first_caption_stays(full):
     scores = full.compute(FAST)
     full.add("a.jpg", CAPTIONS["a.jpg"])
     full.add("a.jpg", "nothing of the kind")
-    assert len(full) == 3
+    assert len(full.captions) == 3
     assert full.captions["a.jpg"] == CAPTIONS["a.jpg"]
     assert full.compute(FAST) == scores
 
