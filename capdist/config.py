@@ -355,7 +355,7 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
 def start_in_own_folder(recipe: Recipe) -> Iterator[str]:
     """Yield the mistake of a run that would write over what it starts from."""
     start_from, folder = recipe.training.start_from, os.path.abspath(recipe.run_folder)
-    if start_from is not None and Path(os.path.abspath(start_from)).is_relative_to(folder):
+    if start_from is not None and Path(os.path.abspath(os.path.expanduser(start_from))).is_relative_to(folder):
         yield f"training.start_from: {start_from} is in the folder of this run, which writes there; change run.name"
 
 

@@ -187,7 +187,8 @@ def _tell(code: int, mistakes: tuple[str, ...], *, lost_peers: bool) -> None:
     """Print the mistakes, or leave them to the parent that prints those of all processes once."""
     folder = os.environ.get(EXIT_FOLDER_VARIABLE)
     if folder:
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        # Of this machine, whose parent will look for what they leave.
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
         end = {"code": code, "mistakes": mistakes, "lost_peers": lost_peers, "processes": processes}
         with contextlib.suppress(OSError):
             Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(json.dumps(end))

@@ -20,11 +20,23 @@ from types import FrameType
 from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped, UsageError
 
 PLACE_FILE = "accelerate_config.yaml"
+# The options of `accelerate launch`; by name, because its own parser costs the seconds that an import of torch takes.
+# Not `--module` and `--no_python`, under which it would start something else, and not `--debug`, which is train.py's.
 _PLACE_OPTIONS = (
-    "--config_file", "--num_processes", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port",
-    "--mixed_precision", "--gpu_ids",
+    "config_file", "mixed_precision", "num_processes", "num_machines", "num_cpu_threads_per_process", "gpu_ids",
+    "machine_rank", "main_process_ip", "main_process_port", "t", "tee", "log_dir", "role", "rdzv_backend", "rdzv_conf",
+    "max_restarts", "monitor_interval", "vm", "env", "main_training_function", "zero_stage",
+    "offload_optimizer_device", "offload_param_device", "offload_optimizer_nvme_path", "offload_param_nvme_path",
+    "gradient_accumulation_steps", "gradient_clipping", "zero3_init_flag", "zero3_save_16bit_model",
+    "aws_access_key_id", "aws_secret_access_key", "mpirun_hostfile",
 )  # fmt: skip
-_PLACE_FLAGS = ("--cpu", "--multi_gpu")
+_PLACE_OPTION_FAMILIES = ("dynamo_", "deepspeed_", "fsdp_", "megatron_lm_", "fp8_", "parallelism_config_")
+_PLACE_FLAGS = (
+    "q", "quiet", "cpu", "multi_gpu", "tpu", "enable_cpu_affinity", "dynamo_use_fullgraph", "dynamo_use_dynamic",
+    "dynamo_use_regional_compilation", "use_deepspeed", "use_fsdp", "use_parallelism_config", "use_megatron_lm",
+    "same_network", "tpu_cluster", "no_tpu_cluster", "tpu_use_sudo", "downcast_bf16", "fp8_use_autocast_during_eval",
+)  # fmt: skip
+_OTHER_WAYS = ("--tpu", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm")
 _REFUSAL_FILE = "refusal"
 # How accelerate's simple launcher and torch's elastic one say that a process failed; by name, to do without torch.
 _PROCESS_FAILURES = ("CalledProcessError", "ChildFailedError", "SignalException")
@@ -54,28 +66,37 @@ def launch_training(arguments: Sequence[str]) -> int:
     command = [sys.executable, "-m", "capdist.launcher", *place, str(script), *what]
     with tempfile.TemporaryDirectory(prefix="capdist_") as folder:
         environment[EXIT_FOLDER_VARIABLE] = folder
+        # Before there is a process: nobody else would tell one of a session of its own that its parent is gone.
+        signals = _Signals()
         process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
-        received = _pass_signals_on(process)
+        signals.pass_on_to(process.pid)
         code = process.wait()
-        return _outcome(code, Path(folder), received)
+        return _outcome(code, Path(folder), signals.received)
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments that say where to train, and the others."""
+    """Return the arguments that say where to train, spelt with underscores, and the others."""
     place: list[str] = []
     what: list[str] = []
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
-        if argument in _PLACE_FLAGS or argument.partition("=")[0] in _PLACE_OPTIONS:
-            place.append(argument)
-            if argument in _PLACE_OPTIONS:
-                if not waiting:
-                    raise UsageError(f"{argument} needs a value")
-                place.append(waiting.pop(0))
-        else:
+        spelt, equals, value = argument.partition("=")
+        name = spelt.lstrip("-").replace("-", "_")
+        is_flag = name in _PLACE_FLAGS
+        if not spelt.startswith("-") or not (is_flag or name in _PLACE_OPTIONS or _is_of_family(name)):
             what.append(argument)
+            continue
+        place.append(("--" if spelt.startswith("--") else "-") + name + equals + value)
+        if not is_flag and not equals:
+            if not waiting:
+                raise UsageError(f"{argument} needs a value")
+            place.append(waiting.pop(0))
     return place, what
+
+
+def _is_of_family(name: str) -> bool:
+    return name.startswith(_PLACE_OPTION_FAMILIES)
 
 
 def _default_place(place: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -85,7 +106,7 @@ def _default_place(place: list[str]) -> tuple[list[str], dict[str, str]]:
         Arguments of `accelerate launch`, and what its environment needs besides.
     """
     named = any(argument.startswith("--config_file") for argument in place)
-    several = _asks_for_several(place) and "--multi_gpu" not in place
+    several = _asks_for_several(place) and not {"--multi_gpu", *_OTHER_WAYS} & {*place}
     # `--cpu` starts a single process, whatever number stands beside it, and is refused beside `--multi_gpu`.
     on_processors = several and "--cpu" in place
     if on_processors:
@@ -104,26 +125,48 @@ def _asks_for_several(place: list[str]) -> bool:
     return "--num_processes" in words and words[words.index("--num_processes") + 1 :][:1] != ["1"]
 
 
-def _pass_signals_on(process: subprocess.Popen[bytes]) -> list[int]:
-    """Send signals to the training processes, past the launcher, which would not let them save a checkpoint.
+class _Signals:
+    """Pass signals on to training processes, past the launcher, which would not let them save a checkpoint.
 
-    Returns:
-        The signals that come, in their order.
+    Signals that the parent was started to ignore, as `nohup` has it, stay ignored.
+
+    Attributes:
+        received: The signals that came, in their order.
     """
-    import psutil
 
-    received: list[int] = []
+    def __init__(self) -> None:
+        import psutil
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(process.pid).children()
-            for child in children or [psutil.Process(process.pid)]:
-                child.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
+        self.received: list[int] = []
+        self._waiting: list[int] = []
+        self._launcher: int | None = None
+        self._psutil = psutil
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on)
-    return received
+    def pass_on_to(self, launcher: int) -> None:
+        """Pass signals on to the children of the process of that id, those too that came before there was one."""
+        self._launcher = launcher
+        self._pass_on()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        self._waiting.append(number)
+        if self._launcher is not None:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        # Each is sent once, though another may come in the midst of this: a second one ends training at once.
+        with contextlib.suppress(IndexError):
+            while True:
+                self._send(self._waiting.pop(0))
+
+    def _send(self, number: int) -> None:
+        with contextlib.suppress(self._psutil.NoSuchProcess):
+            launcher = self._psutil.Process(self._launcher)
+            for process in launcher.children() or [launcher]:
+                process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
 
 def _outcome(launcher_code: int, folder: Path, received: list[int]) -> int:

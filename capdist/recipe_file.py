@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from capdist.config import Recipe, recipe_keys, start_in_own_folder
 from capdist.errors import UsageError, nearest, show_value
+from capdist.files import write_atomically
 from capdist.recipe_stages import (
     Places,
     chain_stages,
@@ -48,6 +49,7 @@ _RecipeLoader.add_implicit_resolver(
 )
 
 
+_NULLS = ("", "~", "null", "Null", "NULL")
 _UNREADABLE_VALUE = (ValueError, KeyError, AttributeError, RecursionError)
 
 
@@ -63,7 +65,7 @@ _RecipeDumper.yaml_implicit_resolvers = {
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML that `load_recipe` reads back."""
-    path.write_text(yaml.dump(recipe.to_dict(), Dumper=_RecipeDumper, sort_keys=False), encoding="utf-8")
+    write_atomically(path, yaml.dump(recipe.to_dict(), Dumper=_RecipeDumper, sort_keys=False))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -71,7 +73,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: YAML file.
-        overrides: `section.key=value`, values written as in YAML.
+        overrides: `section.key=value`, values written as in YAML, text as it stands.
 
     Returns:
         The recipe, or the first of its stages.
@@ -91,7 +93,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
 
     Args:
         path: YAML file.
-        overrides: `section.key=value`, values written as in YAML, which hold in all stages; or
+        overrides: `section.key=value`, values written as in YAML but text as it stands, which hold in all stages; or
             `stages.<name>.section.key=value`.
 
     Returns:
@@ -137,7 +139,7 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence
     Args:
         values: By section and key.
         origin: Where they come from, for messages.
-        overrides: `section.key=value`, values written as in YAML.
+        overrides: `section.key=value`, values written as in YAML, text as it stands.
 
     Raises:
         UsageError: with one line for each mistake.
@@ -220,19 +222,23 @@ def _apply_override(values: dict[str, Any], places: Places, override: str, mista
     if not equals or len(parts) != 2 or not all(parts):
         mistakes.append(f"command line: {override!r} is not an override; write section.key=value")
         return
-    try:
-        value = yaml.load(text, Loader=_RecipeLoader)
-    except (yaml.YAMLError, *_UNREADABLE_VALUE):
-        value = text
     section = values.setdefault(parts[0], {})
     if section is None:
         section = values[parts[0]] = {}
     if isinstance(section, dict):
-        # On a command line there are no quotes left to tell run.name=2024 from a number.
-        is_number_for_text = isinstance(value, int | float) and _takes_text(parts[0], parts[1])
-        section[parts[1]] = text if is_number_for_text else value
+        section[parts[1]] = _read_value(text, for_text=_takes_text(parts[0], parts[1]))
         places[parts] = "command line"
         places.setdefault(parts[:1], "command line")
+
+
+def _read_value(text: str, *, for_text: bool) -> Any:
+    """Return the value of an override, in which a key that takes text needs no quotes: the shell has taken them off."""
+    try:
+        value = yaml.load(text, Loader=_RecipeLoader)
+    except (yaml.YAMLError, *_UNREADABLE_VALUE):
+        return text
+    is_quoted = isinstance(value, str) and text[:1] in ("'", '"') and text[-1:] == text[:1]
+    return text if for_text and not is_quoted and text.strip() not in _NULLS else value
 
 
 def _takes_text(section: str, name: str) -> bool:

@@ -45,11 +45,12 @@ def overrides_of_no_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -
         if not override.startswith("stages."):
             continue
         _, name, *key = override.partition("=")[0].split(".")
-        if name not in stages:
-            mistakes.append(f"command line: stages.{name}: no such stage{nearest(name, list(stages))}")
+        names = [str(stage) for stage in stages]  # what is no text is a mistake that is told elsewhere
+        if name not in names:
+            mistakes.append(f"command line: stages.{name}: no such stage{nearest(name, names)}")
         elif not key:
             mistakes.append(f"command line: {override!r} changes nothing; write stages.{name}.section.key=value")
-        elif key == ["training", "start_from"] and name != next(iter(stages)):
+        elif key == ["training", "start_from"] and name != names[0]:
             mistakes.append(f"command line: stages.{name}.{'.'.join(key)}: {_STARTS}")
     return mistakes
 

@@ -49,7 +49,13 @@ def default_recipe() -> Path:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; argparse exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(prog="capdist train", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="capdist train",
+        description=__doc__,
+        epilog="`capdist train` takes the options of `accelerate launch` too that say where to train, such as "
+        "--num_processes 2, --cpu or --mixed_precision bf16.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config", default=str(default_recipe()), metavar="RECIPE", help="YAML file (default: %(default)s)"
     )

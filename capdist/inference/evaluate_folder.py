@@ -74,6 +74,8 @@ def evaluate_folder(
         )
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output: {output.absolute().parent}: no such folder")
+    if output is not None and output.is_dir():
+        raise UsageError(f"--output: {output}: is a folder; name a file in it")
     accelerator = build_accelerator()
     captioner = Captioner.from_pretrained([model, *others], accelerator.device, image_size)
     rows = _read_split(data, split)

@@ -5,6 +5,7 @@ Shapes: B images, H and W pixels, N cells of the grid, C channels.
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -270,8 +271,9 @@ def _load_weights(
 ) -> None:
     if weights == "none":
         return
-    if Path(weights).suffix in (".pth", ".pt", ".safetensors") or Path(weights).exists():
-        _load_state(network, read_state_dict(Path(weights)), weights, ignore)
+    path = Path(os.path.expanduser(weights))
+    if path.suffix in (".pth", ".pt", ".safetensors") or path.exists():
+        _load_state(network, read_state_dict(path), weights, ignore)
         return
     try:
         state = fetch()

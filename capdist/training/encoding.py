@@ -111,7 +111,7 @@ class _SplitEncoder:
     ) -> None:
         self.accelerator, self.preprocessing = accelerator, preprocessing
         self.recipe, self.signals = recipe, signals
-        self.root = Path(recipe.run.output_dir, ".features")
+        self.root = recipe.run_folder.with_name(".features")
         self.settings: dict[str, Any] = {
             "encoder": recipe.encoder.model_dump(include={"name", "stage", "grid"}),
             "preprocessing": asdict(preprocessing),

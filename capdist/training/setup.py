@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -67,12 +68,27 @@ def _not_as_trained(recipe: Recipe) -> Iterator[str]:
             "restore the folder, or delete those of the later stages to train it"
         )
         return
-    saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    saved = _saved_recipe(folder / "config.yaml")
+    if saved is None:
+        yield (
+            f"{folder / 'config.yaml'}: is damaged: not YAML sections of keys; restore it, or delete {folder} and the "
+            "folders of the later stages to train it again"
+        )
+        return
     for section, key, before, after in recipe_differences(saved, recipe.to_dict(), FREE_KEYS - lengths):
         yield (
             f"{folder}: this stage is over; {section}.{key} was {before!r}, now {after!r}; set it back "
             f"(stages.NAME.{section}.{key} is for one stage), or choose another run.name"
         )
+
+
+def _saved_recipe(path: Path) -> dict[str, dict[str, Any]] | None:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError):
+        return None
+    sound = isinstance(values, dict) and all(isinstance(keys, dict) for keys in values.values())
+    return values if values and sound else None
 
 
 def check_networks(recipes: Sequence[Recipe]) -> None:
@@ -111,7 +127,7 @@ def build_network(recipe: Recipe, vocabulary: Vocabulary, checkpoint: Path | Non
         CheckpointError: if a model folder or checkpoint does not fit.
         UsageError, StorageError: as `build_model`.
     """
-    folder = recipe.training.start_from
+    folder = recipe.training.start_from and os.path.expanduser(recipe.training.start_from)
     torch.manual_seed(seed_of(recipe.run.seed, "weights"))
     model = build_model(
         recipe.encoder,
@@ -174,8 +190,11 @@ _OF_LAYERS = {
 def _other_layers(trained: TrainedModel, recipe: Recipe) -> Iterator[tuple[str, str, Any, Any]]:
     for section, keys in _OF_LAYERS.items():
         theirs, ours = getattr(trained, section), getattr(recipe, section)
-        heads = ("num_heads",) if getattr(ours, "name", None) == "multi_head" else ()
+        network = ours.name
+        heads = ("num_heads",) if network == "multi_head" else ()
         for key in (*keys, *heads):
+            if (network, key) == ("up_down", "gate"):  # has none, whatever the key says
+                continue
             if getattr(theirs, key) != getattr(ours, key):
                 yield section, key, getattr(theirs, key), getattr(ours, key)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from accelerate import Accelerator
 
@@ -63,7 +64,9 @@ class Tracking:
             return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        numbers = {f"{group}/{n}": v for n, v in values.items() if isinstance(v, int | float)}
+        numbers = {
+            f"{group}/{n}": v for n, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)
+        }
         if group and self._accelerator.trackers:
             try:
                 self._accelerator.log(numbers, step=step)
@@ -111,7 +114,7 @@ def _choose_wandb_mode() -> None:
 
 def _uses_proxy() -> bool:
     """Return whether requests go through a proxy, so that a direct connection says nothing."""
-    return any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
+    return bool(getproxies().keys() & {"https", "all"})
 
 
 def _has_netrc_key() -> bool:

@@ -98,6 +98,18 @@ def test_scores_for_a_folder_that_is_not_there_are_a_mistake_of_usage(
     assert capsys.readouterr().err.startswith(f"capdist: error: --output: {output.parent}: no such folder")
 
 
+def test_scores_are_not_written_over_a_folder(
+    model: str, five: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*arguments: object) -> None:
+        raise AssertionError("found out too late")
+
+    monkeypatch.setattr("capdist.inference.captioner.Captioner.from_pretrained", load)
+    folder = five[0].parent
+    assert run("evaluate", model, "--source", "folder", "--path", str(folder), "--output", str(folder)) == 2
+    assert capsys.readouterr().err == f"capdist: error: --output: {folder}: is a folder; name a file in it\n"
+
+
 @pytest.mark.slow
 def test_scores_that_cannot_be_written_end_all_processes_alike(model: str, tmp_path: Path) -> None:
     """Started without a launcher, which would end the others for them."""
@@ -111,7 +123,8 @@ def test_scores_that_cannot_be_written_end_all_processes_alike(model: str, tmp_p
     common |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PATH": str(tmp_path)}
     processes = [
         subprocess.Popen(
-            [*command, "--output", str(photos)],  # a folder: what is found out only once there are scores to write
+            # A name too long for what is written first: found out only once there are scores to write.
+            [*command, "--output", str(tmp_path / ("a" * 250))],
             env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank},
             stderr=subprocess.PIPE,
             text=True,

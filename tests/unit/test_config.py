@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterator
@@ -525,6 +526,54 @@ def test_on_the_command_line_a_text_needs_no_quotes(recipe_file: Path, text: str
     assert _load(recipe_file, "", f"training.start_from={text}").training.start_from == text
     (mistake,) = _mistakes(recipe_file, f"run:\n  name: {text}\n")
     assert mistake.startswith(f"{recipe_file}:2: run.name: must be string, found")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/data/my photos #2", "/data/my photos #2"),
+        ("/a: b", "/a: b"),
+        ("a:", "a:"),
+        ("#2", "#2"),
+        ("~ #2", "~ #2"),
+        ("[a]", "[a]"),
+        ("{a: b}", "{a: b}"),
+        ("!!str x", "!!str x"),
+        ("'a b' #2", "'a b' #2"),
+        ("~/photos", "~/photos"),
+        ("'~'", "~"),
+        ('"/a: #b"', "/a: #b"),
+        ("''", ""),
+        ("~", None),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_on_the_command_line_a_text_stands_as_it_is(recipe_file: Path, text: str, expected: str | None) -> None:
+    assert _load(recipe_file, "", f"data.path={text}").data.path == expected
+
+
+def test_a_run_lies_in_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert recipe_from_dict({"run": {"output_dir": "~/runs"}}, "test").run_folder == tmp_path / "runs" / "run"
+    assert recipe_from_dict({"run": {"output_dir": "a~"}}, "test").run_folder == Path("a~/run")
+    assert recipe_from_dict({"run": {"output_dir": "~no such user"}}, "test").run_folder == Path("~no such user/run")
+
+
+def test_a_full_disk_leaves_the_old_recipe(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_recipe(Recipe(), recipe_file)
+    before = recipe_file.read_bytes()
+    write_text = Path.write_text
+
+    def fill_disk(path: Path, text: str, **options: Any) -> int:
+        write_text(path, text[: len(text) // 2], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_recipe(recipe_from_dict({"run": {"seed": 7}}, "test"), recipe_file)
+    assert [path.name for path in recipe_file.parent.iterdir()] == [recipe_file.name]
+    assert recipe_file.read_bytes() == before
 
 
 def test_a_run_named_like_a_number_can_be_loaded_again(recipe_file: Path) -> None:

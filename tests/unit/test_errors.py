@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from capdist import errors
+from capdist import errors, launcher
 from capdist.errors import (
     CapdistError,
     CheckpointError,
@@ -278,12 +278,25 @@ def test_under_a_parent_the_end_is_written_not_printed(
     monkeypatch.setenv("CAPDIST_EXIT_FOLDER", str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "5")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert run_program(_raiser(error)) == expected["code"]
     assert [path.name for path in tmp_path.iterdir()] == ["rank_3"]
     assert json.loads((tmp_path / "rank_3").read_bytes()) == expected | {"lost_peers": False, "processes": 5}
     err = capsys.readouterr().err
     assert "capdist: error" not in err
     assert ("Traceback" in err) == (expected["code"] == 1)
+
+
+def test_an_end_counts_the_processes_of_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two machines with two processes each, all of which lose the network, none died without a word."""
+    monkeypatch.setenv("CAPDIST_EXIT_FOLDER", str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in ("2", "3"):
+        monkeypatch.setenv("RANK", rank)
+        run_program(_raiser(RuntimeError("Connection closed by peer")))
+    assert [json.loads((tmp_path / f"rank_{rank}").read_bytes())["processes"] for rank in (2, 3)] == [2, 2]
+    assert launcher._outcome(1, tmp_path, []) == 1
 
 
 # The first four are what real processes said whose peer was killed, killed while sending, slept, or held the store.

@@ -17,6 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from capdist import launcher
 from capdist.errors import CapdistError, ProcessError, Stopped, UsageError
+from capdist.train import parse_arguments
 
 
 def _end(folder: Path, rank: int, code: int, *mistakes: str, lost: bool = False, processes: int = 2) -> None:
@@ -60,6 +61,94 @@ def test_several_processes_on_gpus() -> None:
 def test_an_option_without_its_value() -> None:
     with pytest.raises(UsageError, match="--num_processes needs a value"):
         launcher._split(["--config", "x.yaml", "--num_processes"])
+
+
+@pytest.mark.parametrize("number", [["--num-processes", "2"], ["--num-processes=2"]])
+def test_options_may_be_spelt_with_hyphens(number: list[str]) -> None:
+    asked, _ = _started(["--mixed-precision=bf16", *number, "--config-file", "accelerate_config.yaml", "--multi-gpu"])
+    assert (asked.multi_gpu, asked.num_processes, asked.mixed_precision) == (True, 2, "bf16")
+    assert asked.config_file == "accelerate_config.yaml"
+
+
+def test_another_way_to_be_several_is_left_alone() -> None:
+    asked, _ = _started(["--use_fsdp", "--fsdp_version=2", "--num_processes", "2"])
+    assert (asked.use_fsdp, asked.multi_gpu, asked.num_processes) == (True, False, 2)
+
+
+def _options_of_accelerate() -> list[tuple[str, bool]]:
+    """Return each spelling of each option, and whether it takes a value."""
+    from accelerate.commands.launch import launch_command_parser
+
+    ours = {"-h", "--help", "--debug", "-m", "--module", "--no_python", "--no-python"}
+    actions = launch_command_parser()._actions
+    return [(name, a.nargs != 0) for a in actions for name in a.option_strings if name not in ours]
+
+
+@pytest.mark.parametrize(("option", "takes_value"), _options_of_accelerate())
+def test_every_option_of_accelerate_is_passed_on(option: str, takes_value: bool) -> None:
+    place, what = launcher._split(["--resume", option, "3", "run.seed=1", "--config", "x.yaml", "--debug"])
+    name = "-" + option[1:].replace("-", "_") if option[:2] != "--" else "--" + option[2:].replace("-", "_")
+    assert place == [name, *["3"] * takes_value]
+    assert what == ["--resume", *["3"] * (not takes_value), "run.seed=1", "--config", "x.yaml", "--debug"]
+
+
+def test_the_help_tells_of_options_of_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "`accelerate launch`" in said.partition("--debug")[2]
+    assert "--num_processes" in said
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+PARENT = """
+import os, signal, subprocess, sys, time
+from capdist.launcher import _Signals
+
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "ignoring" else signal.SIG_DFL)
+signals = _Signals()
+if sys.argv[1] == "early":
+    os.kill(os.getpid(), signal.SIGTERM)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+signals.pass_on_to(child.pid)
+if sys.argv[1] == "late":
+    os.kill(os.getpid(), signal.SIGHUP)
+if sys.argv[1] == "ignoring":
+    os.kill(os.getpid(), signal.SIGHUP)
+    child.kill()
+print(child.wait(), signals.received, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "said"),
+    [("early", "-15 [15]"), ("late", "-15 [1]"), ("ignoring", "-9 []")],
+)
+def test_signals_reach_training_unless_they_are_ignored(when: str, said: str) -> None:
+    """One that comes before there is a process is not lost; and with `nohup`, a logout ends nothing."""
+    done = subprocess.run([sys.executable, "-c", PARENT, when], capture_output=True, text=True, timeout=50)
+    assert done.stdout.strip() == said, done.stderr
+
+
+def test_signals_are_heard_before_there_is_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    at_start: dict[int, object] = {}
+
+    def popen(*arguments: object, **options: object) -> None:
+        at_start.update({number: signal.getsignal(number) for number in before})
+        raise OSError("enough")
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    try:
+        with pytest.raises(OSError, match="enough"):
+            launcher.launch_training([])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert all(at_start[number] is not signal.SIG_DFL for number in before)
 
 
 # --- the launcher ---------------------------------------------------------------------------------------------------

@@ -100,6 +100,16 @@ def test_an_override_for_one_stage_that_cannot_take_effect_is_refused(
     assert found in mistake
 
 
+@pytest.mark.parametrize("stages", ["{1: {}, 2: {}}", "{1: {}, a: {}}", "{a: {}, 1: {}}"])
+@pytest.mark.parametrize("name", ["1", "3"])
+def test_an_override_for_a_stage_whose_name_is_no_text_is_told_of_the_name(
+    tmp_path: Path, stages: str, name: str
+) -> None:
+    mistakes = _mistakes(tmp_path, f"stages: {stages}\n", f"stages.{name}.training.epochs=2")
+    assert any("stages.1: must be a name of letters" in mistake for mistake in mistakes)
+    assert any("no such stage" in mistake for mistake in mistakes) == (name == "3")
+
+
 def test_the_first_stage_may_say_what_it_starts_from(tmp_path: Path) -> None:
     (first, *_) = load_stages(_write(tmp_path, RECIPE), ["stages.words.training.start_from=old/model"])
     assert first.training.start_from == "old/model"
@@ -119,6 +129,12 @@ def test_only_the_first_stage_says_what_it_starts_from(tmp_path: Path) -> None:
     text = "stages:\n  a:\n    training: {start_from: old}\n  b:\n    training: {start_from: other}\n"
     (mistake,) = _mistakes(tmp_path, text)
     assert mistake.startswith(f"{tmp_path}/recipe.yaml:5: training.start_from: a stage starts from the one before")
+
+
+def test_a_run_does_not_start_from_its_own_folder_at_home(tmp_path: Path) -> None:
+    text = "run: {name: a, output_dir: ~/runs}\ntraining: {start_from: ~/runs/a/model}\n"
+    (mistake,) = _mistakes(tmp_path, text)
+    assert mistake.startswith(f"{tmp_path}/recipe.yaml:2: training.start_from: ~/runs/a/model is in the folder of this")
 
 
 def test_a_run_does_not_start_from_its_own_folder(tmp_path: Path) -> None:

@@ -162,6 +162,14 @@ def test_timm_file_with_its_classifier_loads(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(loaded[key], tensor) for key, tensor in whole.state_dict().items() if key in loaded)
 
 
+def test_a_weights_file_in_the_home_of_the_user(
+    resnet18: nn.Module, resnet18_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(resnet18_file).parent))
+    found = build_backbone("resnet18", weights="~/resnet18.safetensors").network
+    assert _state_bits(found) == _state_bits(build_backbone("resnet18", weights=resnet18_file).network)
+
+
 def test_same_weights_from_a_nested_state_dict(tmp_path: Path, resnet18: nn.Module, resnet18_file: str) -> None:
     torch.save({"state_dict": resnet18.state_dict(), "epoch": 3}, tmp_path / "nested.pth")
     nested = build_backbone("resnet18", weights=str(tmp_path / "nested.pth")).network

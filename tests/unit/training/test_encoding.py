@@ -225,6 +225,14 @@ def test_a_stopped_pass_goes_on_where_it_was(
     assert signal.getsignal(number) is before
 
 
+def test_stores_lie_beside_runs_in_the_home_of_the_user(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (validation,) = _encode(_recipe(arguments, "run.output_dir=~/runs"), "validation")
+    assert _stores(tmp_path) == [validation.folder]
+
+
 @pytest.mark.parametrize("batch", [4, 5])
 def test_a_signal_is_heard_in_the_last_split(arguments: list[str], monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Also with its last batch, after which nothing is missing."""

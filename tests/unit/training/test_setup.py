@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from capdist.config import DecoderSection, EncoderSection, Recipe
 from capdist.data.images import Preprocessing
 from capdist.errors import CheckpointError
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
+from capdist.recipe_file import save_recipe
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.setup import start_from
+from capdist.training.setup import build_network, refuse_to_skip, start_from
+from tests.conftest import reset_accelerate
 
 WORDS = Vocabulary(["dog", "cat"])
 ENCODER = {"name": "resnet18", "weights": "none", "stage": "layer1"}
@@ -67,4 +71,51 @@ def test_a_model_that_does_not_fit_is_refused(
     (mistake,) = caught.value.mistakes
     assert mistake.startswith(f"training.start_from: {folder}: ")
     assert found in mistake
+    assert "\n" not in mistake
+
+
+def test_a_gate_where_there_is_none_makes_no_difference(tmp_path: Path) -> None:
+    encoder, decoder = EncoderSection(**ENCODER), DecoderSection(**DECODER, name="up_down")
+    preprocessing = Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
+    search = {"beam_size": 3, "length_penalty": 0.0, "no_repeat_ngram": 0, "min_length": 0}
+    trained = _model(0, name="up_down")
+    save_pretrained(TrainedModel(trained, WORDS, preprocessing, encoder, decoder, 9, search, {}), tmp_path / "model")
+    model = _model(1, name="up_down", gate=False)
+    start_from(str(tmp_path / "model"), model, WORDS, _recipe({}, name="up_down", gate=False))
+    expected = trained.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_folder_in_the_home_of_the_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    recipe = Recipe(encoder=ENCODER, decoder=DECODER, training={"start_from": "~/model"})
+    expected = _model(0).state_dict()
+    for name, tensor in build_network(recipe, WORDS).state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    reset_accelerate()
+    yield Accelerator(cpu=True)
+    reset_accelerate()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"run: [", b"run", b"run: 3\n", b"- 1\n", b"run:\n  name: r\n  out", b"\xff\xfe", b"\0"],
+)
+def test_a_finished_stage_whose_recipe_is_damaged_is_told(
+    content: bytes, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    recipe = Recipe(run={"name": "r", "output_dir": str(tmp_path)})
+    (recipe.run_folder / "model").mkdir(parents=True)
+    path = recipe.run_folder / "config.yaml"
+    save_recipe(recipe, path)
+    refuse_to_skip([recipe], accelerator)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        refuse_to_skip([recipe], accelerator)
+    (mistake,) = caught.value.mistakes
+    assert mistake.startswith(f"{path}: is damaged: ")
     assert "\n" not in mistake

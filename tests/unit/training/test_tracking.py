@@ -187,6 +187,17 @@ def test_wandb_stays_online_with_a_key_and_a_server(
     assert _mode(tmp_path) is None
 
 
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "http_proxy", None])
+def test_behind_a_proxy_wandb_stays_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://127.0.0.1:9")
+    for other in [other for other in os.environ if other.lower().endswith("_proxy")]:
+        monkeypatch.delenv(other)
+    if name is not None:
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert _mode(tmp_path) == ("offline" if name in ("http_proxy", None) else None)
+
+
 @pytest.mark.parametrize("place", ["home", "variable"])
 @pytest.mark.parametrize("machine", ["ours", "another"])
 def test_key_of_wandb_login_counts(
@@ -256,7 +267,7 @@ def test_trackers_hear_numbers_by_group(tmp_path: Path) -> None:
     tracker = _Tracker()
     tracking = _track(tmp_path, log_with=tracker)
     tracking.log({"device": "cpu", "num_processes": 2}, 0)
-    tracking.log({"loss": 1.5, "note": "x", "meteor": None, "steps": 3}, 10, group="train")
+    tracking.log({"loss": 1.5, "note": "x", "meteor": None, "final": True, "steps": 3}, 10, group="train")
     tracking.close()
     assert [what for what, _ in tracker.heard] == ["start", "configuration", "log", "finish"]
     assert tracker.heard[2][1] == (10, {"train/loss": 1.5, "train/steps": 3})
