@@ -51,14 +51,21 @@ class Decoder(nn.Module):
     """LSTM decoder, one step after the other, with the head in each."""
 
     def __init__(
-        self, feature_size: int, vocab_size: int, embed_size: int, hidden_size: int, attention_size: int, dropout: float
+        self,
+        feature_size: int,
+        vocab_size: int,
+        embed_size: int,
+        hidden_size: int,
+        attention_size: int,
+        dropout: float,
+        gate: bool,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=0)
         self.attention = Attention(feature_size, hidden_size, attention_size)
         self.init_h = nn.Linear(feature_size, hidden_size)
         self.init_c = nn.Linear(feature_size, hidden_size)
-        self.f_beta = nn.Linear(hidden_size, feature_size)
+        self.f_beta = nn.Linear(hidden_size, feature_size) if gate else None
         self.decode_step = nn.LSTMCell(embed_size + feature_size, hidden_size)
         self.fc = nn.Linear(hidden_size, vocab_size)
         self.dropout = nn.Dropout(dropout)
@@ -71,7 +78,8 @@ class Decoder(nn.Module):
     def step(self, words: Tensor, features: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (B, V) and the next hidden and cell for words (B,)."""
         context, _ = self.attention(features, hidden)
-        context = torch.sigmoid(self.f_beta(hidden)) * context
+        if self.f_beta is not None:
+            context = torch.sigmoid(self.f_beta(hidden)) * context
         hidden, cell = self.decode_step(
             torch.cat([self.dropout(self.embedding(words)), context], dim=1), (hidden, cell)
         )
@@ -235,24 +243,26 @@ def decoder_like(fast: SoftAttentionDecoder, dropout: float = 0.0) -> Decoder:
         hidden_size=fast.lstm.hidden_size,
         attention_size=fast.attention.query.out_features,
         dropout=dropout,
+        gate=fast.gate is not None,
     )
-    state = {name: fast.state_dict()[own] for name, own in parameter_names().items()}
+    state = {name: fast.state_dict()[own] for name, own in parameter_names(plain).items()}
     # capdist has no bias here: the same number added to the score of every cell changes nothing.
     state["attention.full_att.bias"] = torch.zeros(1)
     plain.load_state_dict(state)
     return plain.to(fast.head.weight)
 
 
-def parameter_names() -> dict[str, str]:
-    """Return what capdist calls each parameter of the textbook's decoder; `full_att.bias` has no counterpart."""
+def parameter_names(decoder: Decoder) -> dict[str, str]:
+    """Return what capdist calls each parameter of a textbook decoder; `full_att.bias` has no counterpart."""
     modules = {
         "attention.encoder_att": "attention.key",
         "attention.decoder_att": "attention.query",
         "init_h": "initial_hidden",
         "init_c": "initial_cell",
-        "f_beta": "gate",
         "fc": "head",
     }
+    if decoder.f_beta is not None:
+        modules["f_beta"] = "gate"
     names = {f"{plain}.{part}": f"{own}.{part}" for plain, own in modules.items() for part in ("weight", "bias")}
     names |= {f"decode_step.{part}": f"lstm.{part}" for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
     return names | {"attention.full_att.weight": "attention.score.weight", "embedding.weight": "embedding.weight"}
