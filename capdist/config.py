@@ -329,8 +329,6 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
     if recipe.training.stage == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
         yield "encoder.batch_norm: scst learns with the statistics that it samples with; set frozen"
     yield from start_in_own_folder(recipe)
-    if scst.temperature != 1 and decoder.tie_weights:
-        yield "scst.temperature: changes the head, which decoder.tie_weights shares with the word vectors; set it to 1"
     if scst.cider_weight == scst.bleu_weight == 0:
         yield "scst.cider_weight: nothing is rewarded; set it or scst.bleu_weight"
     if data.source != "scenes" and data.path is None:

@@ -88,6 +88,9 @@ class Decoder(nn.Module, ABC):
         """Divide the logits by a temperature, once and for all."""
         self.head.weight.div_(temperature)
         self.head.bias.div_(temperature)
+        if self.head.weight is self.embedding.weight:
+            # The word vectors have shrunk with the head: what reads them makes up for it.
+            self._word_layer()[0].mul_(temperature)
 
     @abstractmethod
     def _first_state(self, features: Tensor) -> Tensors:
@@ -103,7 +106,10 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def _word_layer(self) -> tuple[Tensor, Tensor]:
-        """Return weight (4H, width of a word vector) and bias (4H,) through which words go to the gates of an LSTM."""
+        """Return weight (4H, width of a word vector) and bias (4H,) through which words go to the gates of an LSTM.
+
+        The weight is a view of the parameter, so that to change it in place is to change the model.
+        """
 
     @abstractmethod
     def _advance(self, gates: Tensor, recurrent: Tensors, look: Look, products: Products) -> tuple[Tensor, Tensors]:

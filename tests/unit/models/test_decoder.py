@@ -414,3 +414,14 @@ def test_bfloat16_autocast_is_close() -> None:
     torch.testing.assert_close(torch.stack(rough), torch.stack(exact), rtol=0.05, atol=0)
     rough.cross_entropy.backward()
     assert all(p.grad.isfinite().all() for p in model.decoder.parameters())
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_temperature_divides_the_logits_of_the_same_states(variant: dict[str, Any]) -> None:
+    model = _build(**variant)
+    input_ids, _ = _captions(((5, 5, 5), (5, 5, 5)))
+    logits, _ = _fast_forward(model, _features(), input_ids, [5] * 6)
+    model.decoder.sharpen(0.3)
+    sharpened, _ = _fast_forward(model, _features(), input_ids, [5] * 6)
+    for word, expected in logits.items():
+        torch.testing.assert_close(sharpened[word], expected / 0.3)
