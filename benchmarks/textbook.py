@@ -249,6 +249,8 @@ def decoder_like(fast: SoftAttentionDecoder, dropout: float = 0.0) -> Decoder:
     # capdist has no bias here: the same number added to the score of every cell changes nothing.
     state["attention.full_att.bias"] = torch.zeros(1)
     plain.load_state_dict(state)
+    if fast.head.weight is fast.embedding.weight:
+        plain.fc.weight = plain.embedding.weight
     return plain.to(fast.head.weight)
 
 

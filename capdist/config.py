@@ -128,25 +128,18 @@ class EncoderSection(Section):
 class DecoderSection(Section):
     """The network that turns features into words."""
 
-    name: Literal["soft_attention", "multi_head", "up_down"] = "soft_attention"
-    """`soft_attention`: the LSTM of Xu et al., Show, Attend and Tell (2015); `multi_head`: the same with the attention
-    of Vaswani et al. (2017); `up_down`: the two LSTMs of Anderson et al. (2018)."""
+    name: Literal["soft_attention"] = "soft_attention"
+    """The LSTM of Xu et al., Show, Attend and Tell (2015)."""
     embed_size: Positive = 512
     """Width of a word vector."""
     hidden_size: Positive = 512
-    """Width of the state of each LSTM."""
+    """Width of the state of the LSTM."""
     attention_size: Positive = 512
-    """Width of the space in which query and keys meet, of all heads together."""
-    num_heads: Positive = 8
-    """Heads of the attention of `multi_head`; attention_size and the width of the features are multiples of it."""
+    """Width of the space in which query and keys meet."""
     dropout: Fraction = 0.5
     """Dropout on word vectors and on the state before the vocabulary head."""
-    feature_dropout: Fraction = 0.0
-    """Dropout on the projected features of an image, the same for all its captions and words."""
-    state_dropout: Fraction = 0.0
-    """Dropout on the state that goes from step to step, the same at all steps of a caption (Gal & Ghahramani 2016)."""
     gate: bool = True
-    """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1); `up_down` has none."""
+    """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1)."""
     tie_weights: bool = False
     """Use one matrix for word vectors and vocabulary head; needs embed_size = hidden_size."""
 
@@ -313,11 +306,6 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
             f"decoder.tie_weights: needs decoder.embed_size = decoder.hidden_size, "
             f"found {decoder.embed_size} and {decoder.hidden_size}"
         )
-    if decoder.name == "multi_head":
-        widths = {"decoder.attention_size": decoder.attention_size, "encoder.projection": encoder.projection or 0}
-        for key, width in widths.items():
-            if width % decoder.num_heads:
-                yield f"decoder.num_heads: {key} = {width} is no multiple of {decoder.num_heads}; change either"
     if recipe.evaluation.min_length > recipe.text.max_length:
         yield (
             f"evaluation.min_length: {recipe.evaluation.min_length} is more than "

@@ -75,7 +75,7 @@ _KEYS_OF_STAGES = {
     "encoder": {
         "trainable_from", "batch_norm", "cache", "cache_views", "precision", "compile", "gradient_checkpointing",
     },
-    "decoder": {"dropout", "feature_dropout", "state_dropout"},
+    "decoder": {"dropout"},
 }  # fmt: skip
 _SECTIONS_OF_STAGES = ("training", "scst", "evaluation", "checkpoint")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from capdist.benchmark.measure import matrix_product, shares_of_time, time_in_turns
 from capdist.benchmark.report import Row, Table
-from capdist.benchmark.workload import Workload, check_textbook, textbook
+from capdist.benchmark.workload import Workload, textbook
 from capdist.data.prepared import get_split, read_source
 from capdist.decoding import SearchOptions, search
 from capdist.model_folder import load_pretrained, search_options
@@ -43,9 +43,7 @@ def caption(
     Raises:
         UsageError: if the textbook does not have the model's decoder.
     """
-    work, features, options = (
-        _made_up(work, num_images) if model is None else _trained(work, model, num_images, with_textbook=num_plain > 0)
-    )
+    work, features, options = _made_up(work, num_images) if model is None else _trained(work, model, num_images)
     options = replace(options, length_penalty=0.0, no_repeat_ngram=0, consensus=None)
     num_plain = min(num_plain, len(features))
     device, size = work.accelerator.device, work.recipe.evaluation.batch_size
@@ -119,12 +117,8 @@ def _made_up(work: Workload, num_images: int) -> tuple[Workload, Tensor, SearchO
     return work, features, options
 
 
-def _trained(
-    work: Workload, folder: Path, num_images: int, with_textbook: bool
-) -> tuple[Workload, Tensor, SearchOptions]:
+def _trained(work: Workload, folder: Path, num_images: int) -> tuple[Workload, Tensor, SearchOptions]:
     trained = load_pretrained(folder)
-    if with_textbook:
-        check_textbook(trained.decoder)
     # Their features are in the cache if the model was trained by this recipe.
     recipe = work.recipe.model_copy(update={"encoder": trained.encoder.model_copy(update={"cache": "auto"})})
     model = trained.model.to(work.accelerator.device)

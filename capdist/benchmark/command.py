@@ -16,7 +16,7 @@ from capdist.benchmark.captioning import caption
 from capdist.benchmark.encoding import encode, load_input
 from capdist.benchmark.report import Table
 from capdist.benchmark.training import epoch, train_step
-from capdist.benchmark.workload import Workload, check_textbook
+from capdist.benchmark.workload import Workload
 from capdist.config import Recipe
 from capdist.errors import UsageError, nearest
 from capdist.files import write_atomically
@@ -66,7 +66,7 @@ def run_benchmarks(
     Raises:
         UsageError: for an unknown name, or a recipe that is not what would be measured.
     """
-    _check(names or NAMES, recipe, model, with_textbook)
+    _check(names or NAMES, recipe, model)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(recipe)
@@ -91,15 +91,12 @@ def run_benchmarks(
     return result
 
 
-def _check(names: Sequence[str], recipe: Recipe, model: Path | None, with_textbook: bool) -> None:
+def _check(names: Sequence[str], recipe: Recipe, model: Path | None) -> None:
     for name in names:
         if name not in NAMES:
             raise UsageError(f"benchmark: {name!r} is not one{nearest(name, NAMES)}")
     if not recipe.caches_features and {"train-step", "epoch"} & set(names):
         raise UsageError("benchmark: train-step and epoch train on cached features, and this recipe caches none")
-    of_recipe = {"train-step", "epoch"} if model is not None else {"train-step", "epoch", "caption"}
-    if with_textbook and of_recipe & set(names):
-        check_textbook(recipe.decoder)
     if model is not None and recipe.data.path is None:
         raise UsageError("--model: captions the validation photos of data.path, which is missing")
 

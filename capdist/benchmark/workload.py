@@ -15,10 +15,9 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
-from capdist.config import DecoderSection, Recipe
+from capdist.config import Recipe
 from capdist.data.captions import CaptionTable
 from capdist.data.images import Preprocessing
-from capdist.errors import UsageError
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
 
@@ -112,16 +111,6 @@ def made_up_photos(folder: Path, count: int) -> list[Path]:
         coarse = generator.integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(PHOTO_SIZE, Image.Resampling.BICUBIC).save(path, quality=95)
     return paths
-
-
-def check_textbook(decoder: DecoderSection) -> None:
-    """Refuse to race the textbook with a decoder that it has not.
-
-    Raises:
-        UsageError: if it is not soft attention.
-    """
-    if decoder.name != "soft_attention":
-        raise UsageError(f"decoder.name: the textbook's is soft_attention, found {decoder.name}; give --no-textbook")
 
 
 @cache

@@ -8,18 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capdist.config import DecoderSection, EncoderSection
-from capdist.errors import UsageError
-from capdist.models.decoder import Decoder, DecoderState, SoftAttentionDecoder
+from capdist.models.decoder import DecoderState, SoftAttentionDecoder
 from capdist.models.encoder import Encoder, build_backbone
 from capdist.models.packing import Packing
-from capdist.models.up_down import UpDownDecoder
 from capdist.text.vocabulary import IGNORED_LABEL
 
 
@@ -52,7 +50,7 @@ class CaptionModel(nn.Module):
         word_head: Of training only, see `add_word_head`.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, projection: int | None) -> None:
+    def __init__(self, encoder: Encoder, decoder: SoftAttentionDecoder, projection: int | None) -> None:
         super().__init__()
         self.encoder = encoder
         # On cells a 1x1 convolution is a linear layer.
@@ -167,15 +165,15 @@ class CaptionModel(nn.Module):
         return self.decoder.init_state(self.projection(features))
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
-        """Read one word a row; see `Decoder.step`."""
+        """Read one word a row; see `SoftAttentionDecoder.step`."""
         return self.decoder.step(tokens, state)
 
     def reorder(self, state: DecoderState, parents: Tensor) -> DecoderState:
-        """Continue from other rows; see `Decoder.reorder`."""
+        """Continue from other rows; see `SoftAttentionDecoder.reorder`."""
         return self.decoder.reorder(state, parents)
 
     def select(self, state: DecoderState, images: Tensor) -> DecoderState:
-        """Keep some images; see `Decoder.select`."""
+        """Keep some images; see `SoftAttentionDecoder.select`."""
         return self.decoder.select(state, images)
 
 
@@ -192,11 +190,20 @@ def build_model(
         load_weights: False leaves the encoder's weights to be loaded with the rest of a saved model.
 
     Raises:
-        UsageError: as `build_backbone`, or the heads of the attention cannot share the features.
-        CheckpointError, StorageError: as `build_backbone`.
+        UsageError, CheckpointError, StorageError: as `build_backbone`.
     """
     backbone = build_backbone(encoder.name, encoder.stage, encoder.weights if load_weights else "none")
-    decoder_module = _build_decoder(decoder, encoder.projection or backbone.channels, vocab_size, pad_id)
+    decoder_module = SoftAttentionDecoder(
+        feature_size=encoder.projection or backbone.channels,
+        vocab_size=vocab_size,
+        embed_size=decoder.embed_size,
+        hidden_size=decoder.hidden_size,
+        attention_size=decoder.attention_size,
+        dropout=decoder.dropout,
+        gate=decoder.gate,
+        tie_weights=decoder.tie_weights,
+        pad_id=pad_id,
+    )
     encoder_module = Encoder(
         backbone,
         grid=encoder.grid,
@@ -206,27 +213,3 @@ def build_model(
     )
     model = CaptionModel(encoder_module, decoder_module, encoder.projection)
     return model.to(memory_format=torch.channels_last)
-
-
-def _build_decoder(decoder: DecoderSection, feature_size: int, vocab_size: int, pad_id: int) -> Decoder:
-    common: dict[str, Any] = {
-        "feature_size": feature_size,
-        "vocab_size": vocab_size,
-        "embed_size": decoder.embed_size,
-        "hidden_size": decoder.hidden_size,
-        "attention_size": decoder.attention_size,
-        "dropout": decoder.dropout,
-        "tie_weights": decoder.tie_weights,
-        "pad_id": pad_id,
-        "feature_dropout": decoder.feature_dropout,
-        "state_dropout": decoder.state_dropout,
-    }
-    if decoder.name == "up_down":
-        return UpDownDecoder(**common)
-    num_heads = decoder.num_heads if decoder.name == "multi_head" else None
-    if num_heads is not None and feature_size % num_heads:
-        raise UsageError(
-            f"decoder.num_heads: {num_heads} heads cannot share {feature_size} channels; "
-            f"set encoder.projection to a multiple of {num_heads}, or change this key"
-        )
-    return SoftAttentionDecoder(**common, gate=decoder.gate, num_heads=num_heads)

@@ -87,63 +87,6 @@ class _LinearUse(torch.autograd.Function):
         return grad @ weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
-class StepMatmul:
-    """`inputs @ matrices` with the same matrices at each step of a loop.
-
-    Args:
-        matrices: (…, in, out).
-    """
-
-    def __init__(self, matrices: Tensor) -> None:
-        self._uses = _PassSums()
-        self.matrices = matrices
-        self._is_deferred = torch.is_grad_enabled() and matrices.requires_grad
-        if self._is_deferred:
-            self.matrices = _SharedMatrices.apply(matrices, self._uses)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Return (…, rows, out) for inputs (…, rows, in)."""
-        inputs = inputs.to(self.matrices.dtype)
-        if not self._is_deferred:
-            return inputs @ self.matrices
-        output: Tensor = _MatmulUse.apply(inputs, self.matrices, self._uses)
-        return output
-
-
-class _SharedMatrices(torch.autograd.Function):
-    """Hands out matrices, as `_SharedWeights` does."""
-
-    @staticmethod
-    def forward(ctx: Any, matrices: Tensor, uses: _PassSums) -> Tensor:
-        ctx.uses = uses
-        ctx.set_materialize_grads(False)
-        return matrices.view_as(matrices)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: None) -> tuple[Tensor, None]:
-        columns = zip(*ctx.uses.of_this_pass(), strict=True)
-        inputs, grads = (torch.cat(column, dim=-2) for column in columns)
-        ctx.uses.clear()
-        return inputs.mT @ grads, None
-
-
-class _MatmulUse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, matrices: Tensor, uses: _PassSums) -> Tensor:
-        ctx.uses = uses
-        ctx.save_for_backward(inputs, matrices)
-        return inputs @ matrices
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        inputs, matrices = ctx.saved_tensors
-        if ctx.needs_input_grad[1]:
-            ctx.uses.of_this_pass().append((inputs, grad))
-        return grad @ matrices.mT if ctx.needs_input_grad[0] else None, None, None
-
-
 class StepSigmoidDot:
     """`sigmoid(rows + shift) @ vector` with another shift, and no more rows than before, at each step of a loop.
 

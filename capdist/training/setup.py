@@ -183,18 +183,14 @@ def _chosen_on(trained: TrainedModel) -> str | None:
 
 _OF_LAYERS = {
     "encoder": ("name", "stage", "grid", "projection"),
-    "decoder": ("name", "embed_size", "hidden_size", "attention_size", "gate", "tie_weights"),
+    "decoder": ("embed_size", "hidden_size", "attention_size", "gate", "tie_weights"),
 }
 
 
 def _other_layers(trained: TrainedModel, recipe: Recipe) -> Iterator[tuple[str, str, Any, Any]]:
     for section, keys in _OF_LAYERS.items():
         theirs, ours = getattr(trained, section), getattr(recipe, section)
-        network = ours.name
-        heads = ("num_heads",) if network == "multi_head" else ()
-        for key in (*keys, *heads):
-            if (network, key) == ("up_down", "gate"):  # has none, whatever the key says
-                continue
+        for key in keys:
             if getattr(theirs, key) != getattr(ours, key):
                 yield section, key, getattr(theirs, key), getattr(ours, key)
 

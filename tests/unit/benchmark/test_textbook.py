@@ -17,13 +17,15 @@ CHANNELS, VOCABULARY, IMAGES, CAPTIONS = 24, 40, 3, 5
 PAD, BOS, EOS = 0, 1, 2
 
 
-def make_model(grid: int | None, dtype: torch.dtype = torch.float64, gate: bool = True) -> CaptionModel:
+def make_model(
+    grid: int | None, dtype: torch.dtype = torch.float64, gate: bool = True, tied: bool = False
+) -> CaptionModel:
     torch.manual_seed(5)
     network = nn.Sequential(nn.Conv2d(3, CHANNELS, 4, stride=4), nn.ReLU())
     encoder = Encoder(Backbone(network, CHANNELS, (0.5,) * 3, (0.5,) * 3), grid=grid)
     decoder = SoftAttentionDecoder(
-        feature_size=CHANNELS, vocab_size=VOCABULARY, embed_size=10, hidden_size=12, attention_size=14, dropout=0.0,
-        gate=gate, tie_weights=False, pad_id=PAD,
+        feature_size=CHANNELS, vocab_size=VOCABULARY, embed_size=12 if tied else 10, hidden_size=12,
+        attention_size=14, dropout=0.0, gate=gate, tie_weights=tied, pad_id=PAD,
     )  # fmt: skip
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -41,10 +43,10 @@ def random_captions() -> tuple[Tensor, Tensor, Tensor]:
     return input_ids, labels, lengths
 
 
-@pytest.mark.parametrize("gate", [True, False], ids=["gate", "no gate"])
+@pytest.mark.parametrize("options", [{}, {"gate": False}, {"tied": True}], ids=str)
 @pytest.mark.parametrize("grid", [None, 14], ids=["7x7", "14x14"])
-def test_loss_and_every_gradient_are_the_textbooks(grid: int | None, gate: bool) -> None:
-    model = make_model(grid, gate=gate)
+def test_loss_and_every_gradient_are_the_textbooks(grid: int | None, options: dict[str, bool]) -> None:
+    model = make_model(grid, **options)
     plain = textbook.decoder_like(model.decoder)
     photos = torch.randn(IMAGES, 3, 28, 28, generator=torch.Generator().manual_seed(7)).double()
     input_ids, labels, lengths = random_captions()
@@ -57,7 +59,7 @@ def test_loss_and_every_gradient_are_the_textbooks(grid: int | None, gate: bool)
     expected = textbook.caption_loss(plain, features, input_ids, labels, lengths)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    own = dict(model.decoder.named_parameters())
+    own = dict(model.decoder.named_parameters(remove_duplicate=False))
     names = textbook.parameter_names(plain)
     assert set(names.values()) == set(own)
     for name, parameter in plain.named_parameters():

@@ -218,14 +218,14 @@ def test_steps_add_up_to_whole_captions(variant: dict[str, Any]) -> None:
 def test_search_state_never_repeats_features() -> None:
     model = _build(projection=3)
     state = model.init_state(_features())
-    assert [values.shape for values in state.recurrent] == [(2, 1, 8)] * 2
+    assert state.hidden.shape == state.cell.shape == (2, 1, 8)
     for rows in (1, 4, 2):
         state = model.reorder(state, torch.zeros(2, rows, dtype=torch.long))
         before = state
         logits, weights, state = model.step(torch.full((2, rows), BOS), state)
         assert logits.shape == (2, rows, VOCABULARY)
         assert weights.shape == (2, rows, CELLS)
-        assert [values.shape for values in state.recurrent] == [(2, rows, 8)] * 2
+        assert state.hidden.shape == state.cell.shape == (2, rows, 8)
         assert state.memory is before.memory
         assert [values.shape for values in state.memory] == [(2, CELLS, 3), (2, CELLS, 7)]
 
@@ -234,13 +234,13 @@ def test_reorder_takes_each_images_own_rows() -> None:
     model = _build()
     hidden, cell = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
     start = model.init_state(_features())
-    state = replace(start, recurrent=(hidden, cell))
+    state = replace(start, hidden=hidden, cell=cell)
     parents = [[2, 2, 0, 1], [0, 1, 1, 2]]
     moved = model.reorder(state, torch.tensor(parents))
     for image, row in itertools.product(range(2), range(4)):
-        assert torch.equal(moved.recurrent[0][image, row], hidden[image, parents[image][row]])
-        assert torch.equal(moved.recurrent[1][image, row], cell[image, parents[image][row]])
-    assert torch.equal(state.recurrent[0], hidden)  # the old state is as it was
+        assert torch.equal(moved.hidden[image, row], hidden[image, parents[image][row]])
+        assert torch.equal(moved.cell[image, row], cell[image, parents[image][row]])
+    assert torch.equal(state.hidden, hidden)  # the old state is as it was
 
 
 def test_rows_of_an_image_do_not_see_each_other() -> None:
@@ -260,11 +260,11 @@ def test_dropout_is_on_word_vectors_and_on_the_state_before_the_head() -> None:
     tokens = torch.tensor([[3], [4]]), torch.tensor([[5], [6]])
     (logits, _, after), (_, _, other) = (model.step(words, state) for words in tokens)
     assert torch.equal(logits, model.decoder.head.bias.expand_as(logits))
-    assert torch.equal(after.recurrent[0], other.recurrent[0])
-    assert after.recurrent[0].abs().min() > 0
+    assert torch.equal(after.hidden, other.hidden)
+    assert after.hidden.abs().min() > 0
     model.eval()
     (logits, _, after), (_, _, other) = (model.step(words, state) for words in tokens)
-    assert not torch.allclose(after.recurrent[0], other.recurrent[0])
+    assert not torch.allclose(after.hidden, other.hidden)
     assert torch.equal(model.step(tokens[0], state)[0], logits)
 
 

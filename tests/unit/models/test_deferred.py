@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capdist.models.deferred import StepLinear, StepMatmul, StepSigmoidDot
+from capdist.models.deferred import StepLinear, StepSigmoidDot
 
 COUNTS = (4, 4, 2, 1, 0)  # rows at each step of a loop
 
@@ -33,15 +33,9 @@ def _sigmoid_dot(rows: Tensor, vector: Tensor) -> tuple[Callable[[Tensor], Tenso
     return StepSigmoidDot(rows, vector), lambda x: torch.sigmoid(rows[: len(x)] + x[:, None]) @ vector
 
 
-def _matmul(matrices: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    fast = StepMatmul(matrices)
-    return lambda x: fast(torch.stack([x, x.cos()])), lambda x: torch.stack([x @ matrices[0], x.cos() @ matrices[1]])
-
-
 CASES = {
     "linear": (_linear, lambda: (_leaf(3, 5), _leaf(3))),
     "linear without bias": (_linear, lambda: (_leaf(3, 5), None)),
-    "matrices": (_matmul, lambda: (_leaf(2, 5, 3),)),
     "sigmoid": (_sigmoid_dot, lambda: (_leaf(4, 6, 5), _leaf(5))),
 }
 

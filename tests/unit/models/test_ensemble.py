@@ -27,23 +27,21 @@ from capdist.models.caption_model import CaptionModel
 from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.models.ensemble import Ensemble
-from capdist.models.up_down import UpDownDecoder
 from capdist.text.vocabulary import Vocabulary
-from tests.unit.models.plain_decoders import soft_attention_caption, up_down_caption
+from tests.unit.models.plain_decoder import soft_attention_caption
 
 WORDS = ["a", "red", "dog"]
 PAD, BOS, EOS, UNK, *SAYABLE = range(4 + len(WORDS))
 IMAGES, SIDE = 10, 8
 
 
-def _member(seed: int, name: str = "soft_attention", channels: int = 6, projection: int | None = None) -> CaptionModel:
+def _member(seed: int, channels: int = 6, projection: int | None = None, **options: Any) -> CaptionModel:
     torch.manual_seed(seed)
     common: dict[str, Any] = {
         "feature_size": projection or channels, "vocab_size": 4 + len(WORDS), "embed_size": 5, "hidden_size": 6 + seed,
-        "attention_size": 12, "dropout": 0.5, "tie_weights": False, "pad_id": PAD,
+        "attention_size": 12, "dropout": 0.5, "gate": False, "tie_weights": False, "pad_id": PAD,
     }  # fmt: skip
-    own = {"up_down": {}, "multi_head": {"gate": True, "num_heads": 3}, "soft_attention": {"gate": False}}[name]
-    decoder = (UpDownDecoder if name == "up_down" else SoftAttentionDecoder)(**common, **own)
+    decoder = SoftAttentionDecoder(**{**common, **options})
     member = CaptionModel(_encoder(channels), decoder, projection).double().eval()
     with torch.no_grad():  # sure of itself, and of something else after each word and for each photo
         for parameter in member.parameters():
@@ -64,7 +62,11 @@ def _ensemble(*members: CaptionModel) -> Ensemble:
 
 def _different() -> list[CaptionModel]:
     """Members that have only vocabulary and number of cells in common."""
-    return [_member(1), _member(2, "up_down", channels=4), _member(3, "multi_head", channels=5, projection=9)]
+    return [
+        _member(1),
+        _member(2, channels=4, gate=True),
+        _member(3, channels=5, projection=9, embed_size=9, tie_weights=True),
+    ]
 
 
 def _photos(count: int = IMAGES) -> Tensor:
@@ -82,8 +84,7 @@ def _plain_probabilities(members: list[CaptionModel], photo: Tensor, words: list
     of_members = []
     for member in members:
         features = member.projection(member.encoder.network(photo[None])[0].flatten(1).T)
-        read = up_down_caption if isinstance(member.decoder, UpDownDecoder) else soft_attention_caption
-        of_members.append(read(member.decoder, features, torch.tensor([BOS, *words])))
+        of_members.append(soft_attention_caption(member.decoder, features, torch.tensor([BOS, *words])))
     probabilities = [logits.exp() / logits.exp().sum(dim=1, keepdim=True) for logits, _ in of_members]
     return sum(probabilities) / len(members), sum(looked for _, looked in of_members) / len(members)
 
@@ -197,7 +198,7 @@ def _count_passes(members: list[CaptionModel]) -> list[int]:
 
 
 def test_encoders_with_equal_weights_encode_once() -> None:
-    first, other, third = _member(1), _member(2), _member(3, "up_down")
+    first, other, third = _member(1), _member(2), _member(3, gate=True)
     third.encoder = copy.deepcopy(first.encoder)
     assert _count_passes([first, other, third]) == [1, 1, 0]
 

@@ -51,8 +51,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def arguments(drawn: Path, tmp_path: Path) -> list[str]:
-    """Overrides of a recipe that caches 10 training and 5 validation photos, encoded four at a time."""
-    cached = ("encoder.trainable_from=null", "encoder.batch_norm=frozen", "evaluation.batch_size=4")
+    """Overrides of a recipe that caches 10 training and 5 validation photos in float32, encoded four at a time."""
+    cached = (
+        "encoder.trainable_from=null",
+        "encoder.batch_norm=frozen",
+        "encoder.precision=no",
+        "evaluation.batch_size=4",
+    )
     return [*SMALL, *cached, f"data.path={drawn}", f"run.output_dir={tmp_path / 'runs'}"]
 
 

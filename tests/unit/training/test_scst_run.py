@@ -136,7 +136,7 @@ def test_samples_are_learned_by_the_network_that_drew_them(run) -> None:  # type
     start, _ = run("start", "training.max_steps=1")
     scst = (*SCST, f"training.start_from={start / 'model'}")
     _, plain = run("plain", *scst, "decoder.dropout=0.0")
-    _, dropped = run("dropped", *scst, "decoder.dropout=0.5", "decoder.state_dropout=0.5")
+    _, dropped = run("dropped", *scst, "decoder.dropout=0.5")
     _, other = run("other", *scst, "decoder.dropout=0.0", "scst.samples=4")
     assert all(torch.equal(tensor, dropped[name]) for name, tensor in plain.items())
     assert not all(torch.equal(tensor, other[name]) for name, tensor in plain.items())

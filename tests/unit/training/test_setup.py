@@ -74,18 +74,6 @@ def test_a_model_that_does_not_fit_is_refused(
     assert "\n" not in mistake
 
 
-def test_a_gate_where_there_is_none_makes_no_difference(tmp_path: Path) -> None:
-    encoder, decoder = EncoderSection(**ENCODER), DecoderSection(**DECODER, name="up_down")
-    preprocessing = Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
-    search = {"beam_size": 3, "length_penalty": 0.0, "no_repeat_ngram": 0, "min_length": 0}
-    trained = _model(0, name="up_down")
-    save_pretrained(TrainedModel(trained, WORDS, preprocessing, encoder, decoder, 9, search, {}), tmp_path / "model")
-    model = _model(1, name="up_down", gate=False)
-    start_from(str(tmp_path / "model"), model, WORDS, _recipe({}, name="up_down", gate=False))
-    expected = trained.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-
-
 def test_a_model_folder_in_the_home_of_the_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     recipe = Recipe(encoder=ENCODER, decoder=DECODER, training={"start_from": "~/model"})
