@@ -203,3 +203,8 @@ def show_value(value: object) -> str:
     """Return a wrong value and its type as messages show them, cut if it is long."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of what a library says, no longer than fits into a message."""
+    return str(error).partition("\n")[0][:160]

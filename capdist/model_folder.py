@@ -29,7 +29,7 @@ from capdist.config import (
 )
 from capdist.data.images import Preprocessing
 from capdist.decoding import SearchOptions
-from capdist.errors import CapdistError, CheckpointError, StorageError, show_value
+from capdist.errors import CapdistError, CheckpointError, StorageError, reason_of, show_value
 from capdist.files import set_aside, staged_folder, write_atomically
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
@@ -170,8 +170,9 @@ def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
         )
         load_model(model, folder / WEIGHTS)
     except (CapdistError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise CheckpointError(f"{folder / CONFIG}: does not describe the weights beside it ({reason})") from None
+        raise CheckpointError(
+            f"{folder / CONFIG}: does not describe the weights beside it ({reason_of(error)})"
+        ) from None
     return TrainedModel(
         model.eval(),
         vocabulary,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from capdist.config import Recipe
-from capdist.errors import CheckpointError
+from capdist.errors import CheckpointError, reason_of
 from capdist.files import staged_folder
 from capdist.model_folder import SEARCH_KEYS, sha256
 from capdist.training.averaging import WeightAverage
@@ -280,7 +280,7 @@ def load_checkpoint(
             for name, tensor in average.tensors.items():
                 tensor.copy_(saved[name])
     except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint}: does not fit this model ({str(error).splitlines()[0][:160]})") from None
+        raise CheckpointError(f"{checkpoint}: does not fit this model ({reason_of(error)})") from None
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -292,7 +292,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
     try:
         load_model(model, checkpoint / MODEL)
     except RuntimeError as error:
-        raise CheckpointError(f"{checkpoint}: does not fit this model ({str(error).splitlines()[0][:160]})") from None
+        raise CheckpointError(f"{checkpoint}: does not fit this model ({reason_of(error)})") from None
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
