@@ -101,7 +101,7 @@ class EncoderSection(Section):
     weights: Name = "DEFAULT"
     """`DEFAULT` or a torchvision weights name (downloaded), a local `.pth` or `.safetensors` file, or `none`."""
     stage: Name | None = None
-    """Last block of the network that is used, such as `layer3`; null = all of them."""
+    """Last block of the network that is used, such as `layer3` or `blocks.6`; null = all of them."""
     grid: Annotated[int, Field(ge=1, le=64)] | None = None
     """Average-pool the feature map to this many cells a side (14 as published); null = as it comes."""
     projection: Positive | None = None

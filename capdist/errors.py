@@ -206,5 +206,8 @@ def show_value(value: object) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the first line of what a library says, no longer than fits into a message."""
-    return str(error).partition("\n")[0][:160]
+    """Return in one line what a library says, or the error's class; no longer than fits into a message.
+
+    Not its first line: that of `load_state_dict` only says that there are errors.
+    """
+    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")

@@ -107,7 +107,10 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
     stages = values.pop("stages", None)
     if stages is None:
         for override in overrides:
-            _apply_override(values, places, override, mistakes)
+            if override.startswith("stages."):
+                mistakes.append(f"command line: {override!r}: {path} has no stages; write section.key=value")
+            else:
+                _apply_override(values, places, override, mistakes)
         return [_validate(values, places, str(path), mistakes)]
     recipes: list[Recipe] = []
     sound = check_stages(stages, places, mistakes)
@@ -117,8 +120,10 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
         for override in overrides:
             if not override.startswith("stages."):
                 _apply_override(of_stage, places_of_stage, override, mistakes)
-            elif override.startswith(f"stages.{name}."):
-                _apply_override(of_stage, places_of_stage, override.removeprefix(f"stages.{name}."), mistakes)
+        for override in overrides:  # what is said of one stage counts more, wherever it stands
+            if override.startswith(own := f"stages.{name}."):
+                place = f"command line: stages.{name}"
+                _apply_override(of_stage, places_of_stage, override.removeprefix(own), mistakes, place)
         try:
             recipes.append(_validate(of_stage, places_of_stage, str(path), []))
         except UsageError as error:
@@ -128,7 +133,11 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
     if mistakes:
         raise UsageError(*dict.fromkeys(mistakes))
     chained = chain_stages(recipes, list(stages))
-    if mistakes := [f"stages: {mistake}" for recipe in chained for mistake in start_in_own_folder(recipe)]:
+    # The first stage must not start from what a later one is about to write either.
+    beginnings = [chained[0].model_copy(update={"run": recipe.run}) for recipe in chained[1:]]
+    if mistakes := [
+        f"stages: {mistake}" for recipe in [*chained, *beginnings] for mistake in start_in_own_folder(recipe)
+    ]:
         raise UsageError(*mistakes)
     return chained
 
@@ -216,19 +225,21 @@ def _collect_places(node: yaml.Node, above: tuple[str, ...], path: Path, places:
         _collect_places(value_node, key, path, places, mistakes)
 
 
-def _apply_override(values: dict[str, Any], places: Places, override: str, mistakes: list[str]) -> None:
+def _apply_override(
+    values: dict[str, Any], places: Places, override: str, mistakes: list[str], place: str = "command line"
+) -> None:
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or len(parts) != 2 or not all(parts):
-        mistakes.append(f"command line: {override!r} is not an override; write section.key=value")
+        mistakes.append(f"{place}: {override!r} is not an override; write section.key=value")
         return
     section = values.setdefault(parts[0], {})
     if section is None:
         section = values[parts[0]] = {}
     if isinstance(section, dict):
         section[parts[1]] = _read_value(text, for_text=_takes_text(parts[0], parts[1]))
-        places[parts] = "command line"
-        places.setdefault(parts[:1], "command line")
+        places[parts] = place
+        places.setdefault(parts[:1], place)
 
 
 def _read_value(text: str, *, for_text: bool) -> Any:

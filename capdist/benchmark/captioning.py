@@ -28,8 +28,7 @@ def caption(
 ) -> Table:
     """Time the search over many images, and compare its captions with the textbook's.
 
-    Captions may be of any words: the textbook knows neither a length penalty, nor forbidden
-    repeats, nor a consensus.
+    Both search without a length penalty, forbidden repeats or a consensus, which the textbook does not know.
 
     Args:
         work: What is measured.
@@ -39,9 +38,6 @@ def caption(
             None = random weights over made-up features, captions of 11 words.
         repeats: Timed calls of each.
         trace: File for a profile, or None.
-
-    Raises:
-        UsageError: if the textbook does not have the model's decoder.
     """
     work, features, options = _made_up(work, num_images) if model is None else _trained(work, model, num_images)
     options = replace(options, length_penalty=0.0, no_repeat_ngram=0, consensus=None)

@@ -97,6 +97,11 @@ def _check(names: Sequence[str], recipe: Recipe, model: Path | None) -> None:
             raise UsageError(f"benchmark: {name!r} is not one{nearest(name, NAMES)}")
     if not recipe.caches_features and {"train-step", "epoch"} & set(names):
         raise UsageError("benchmark: train-step and epoch train on cached features, and this recipe caches none")
+    if (recipe.training.stage == "scst" or recipe.training.word_presence) and {"train-step", "epoch"} & set(names):
+        raise UsageError(
+            "benchmark: train-step and epoch measure cross-entropy of words; name a recipe or stage without "
+            "training.stage=scst and training.word_presence"
+        )
     if model is not None and recipe.data.path is None:
         raise UsageError("--model: captions the validation photos of data.path, which is missing")
 

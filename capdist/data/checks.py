@@ -64,7 +64,6 @@ def check_data(
     *,
     decode: Callable[[dict[str, Any]], object],
     progress: Callable[[int, int], None] | None = None,
-    num_threads: int = 2,
 ) -> Report:
     """Read all captions and decode all images.
 
@@ -73,12 +72,11 @@ def check_data(
         decode: Takes an image as `{"path", "bytes"}`; raises `DataError` for one that cannot be used. Called from
             several threads.
         progress: Called with the number of images done and of all images, from time to time.
-        num_threads: Images read at the same time.
 
     Returns:
         The report.
     """
-    images = _read_images(loaded, decode, progress, num_threads)
+    images = _read_images(loaded, decode, progress)
     captions = {split: _captions(table) for split, table in loaded.splits.items()}
     leaks, doubles = _same_bytes(images)
     missing = [note for note in loaded.notes if _tells_of_missing_photos(note)]
@@ -100,7 +98,6 @@ def _read_images(
     loaded: LoadedData,
     decode: Callable[[dict[str, Any]], object],
     progress: Callable[[int, int], None] | None,
-    num_threads: int,
 ) -> list[_Image]:
     def read(split: str, row: dict[str, Any]) -> _Image:
         try:
@@ -112,7 +109,7 @@ def _read_images(
 
     total = sum(len(table) for table in loaded.splits.values())
     images: list[_Image] = []
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(2) as pool:
         for split, rows in _chunks(loaded):
             images += pool.map(read, [split] * len(rows), rows)
             if progress:

@@ -111,14 +111,6 @@ class CaptionReward:
             rewards += self._bleu_weight * self._bleu_4(images, lengths, counts)
         return rewards
 
-    def cider(self, images: Integers, captions: Integers) -> Floats:
-        """Return CIDEr-D (Vedantam et al. 2015) of each caption, (R,), 0..10; arguments as for a call."""
-        return self._cider(images, *self._count(images, captions))
-
-    def bleu_4(self, images: Integers, captions: Integers) -> Floats:
-        """Return BLEU-4 of each caption alone, (R,), 0..1, against the closest length; arguments as for a call."""
-        return self._bleu_4(images, *self._count(images, captions))
-
     def _count_references(self, words: Integers) -> Iterator[_References]:
         """Count the n-grams of each length, 1 to 4, in all captions, given one behind the other."""
         images, most_captions = len(self._captions), int(self._captions.max())
@@ -172,7 +164,10 @@ class CaptionReward:
         return lengths, counts
 
     def _cider(self, images: Integers, lengths: Integers, counts: list[_Grams]) -> Floats:
-        """Return 10 * the mean over references and n of clipped cosine * exp(-difference in length² / 2 sigma²)."""
+        """Return CIDEr-D (Vedantam et al. 2015), (R,).
+
+        That is 10 * the mean over references and n of clipped cosine * exp(-difference in length² / 2 sigma²).
+        """
         row, caption = self._compare(images)
         first = np.cumsum(self._captions[images]) - self._captions[images]  # (R,), each row's first comparison
         cosines = np.zeros(len(row))
@@ -193,7 +188,10 @@ class CaptionReward:
         return 10.0 * sums / np.maximum(self._captions[images], 1)
 
     def _bleu_4(self, images: Integers, lengths: Integers, counts: list[_Grams]) -> Floats:
-        """Return the geometric mean of clipped precisions * the penalty on captions shorter than the closest."""
+        """Return BLEU-4 of each caption alone, (R,).
+
+        That is the geometric mean of clipped precisions * the penalty on captions shorter than the closest.
+        """
         product = np.ones(len(images))
         for n, (references, grams) in enumerate(zip(self._references, counts, strict=True), start=1):
             known = grams.pair >= 0

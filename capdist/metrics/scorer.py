@@ -12,11 +12,7 @@ from capdist.metrics.ptb import tokenize
 class CaptionScorer:
     """Collect one caption for each image of a split, in any order and from any process, then score them all.
 
-    An image that is added twice counts once, and **the first caption stays**: batches that are filled up
-    repeat images, and on another device a near tie may fall the other way, which is no reason to lose an
-    evaluation.
-
-    References are split into words once, at the first `compute`, and kept.
+    An image that is added twice counts once: the first caption stays.
 
     Args:
         references: For each image id its captions, raw text; these are the images that must be captioned.
@@ -39,7 +35,6 @@ class CaptionScorer:
         if without:
             raise DataError(f"{_some(without, len(references))} without reference captions")
         self._references = {image_id: tuple(captions) for image_id, captions in references.items()}
-        self._reference_tokens: list[list[list[str]]] | None = None
         self._captions: dict[str, str] = {}
 
     def add(self, image_id: str, caption: str) -> None:
@@ -89,11 +84,10 @@ class CaptionScorer:
             if name not in SCORERS:
                 raise UsageError(f"unknown metric '{name}'{nearest(name, SCORERS)}")
         hypotheses = [tokenize(caption) for caption in self.captions.values()]
-        if self._reference_tokens is None:
-            self._reference_tokens = [[tokenize(c) for c in captions] for captions in self._references.values()]
+        references = [[tokenize(caption) for caption in captions] for captions in self._references.values()]
         scores: Scores = {}
         for name in names:
-            scores.update(SCORERS[name](hypotheses, self._reference_tokens))
+            scores.update(SCORERS[name](hypotheses, references))
         return scores
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capdist.errors import CheckpointError, StorageError, UsageError, nearest
+from capdist.errors import CheckpointError, StorageError, UsageError, nearest, reason_of
 from capdist.models.folding import find_pairs, join
 from capdist.models.recomputation import check_recomputable, run_recomputing
 
@@ -161,7 +161,7 @@ def build_backbone(name: str, stage: str | None = None, weights: str = "none") -
 
     Args:
         name: A torchvision ResNet, or `timm/<name>` with the `timm` extra.
-        stage: Last block of a torchvision ResNet to use; None = all but the classification layers.
+        stage: Last block to use; None = all but the classification layers.
         weights: `none`, `DEFAULT`, a torchvision weights name, or a local `.pth` or `.safetensors` file.
 
     Raises:
@@ -214,21 +214,30 @@ def _timm_backbone(name: str, stage: str | None, weights: str) -> Backbone:
         import timm
     except ImportError:
         raise UsageError(f"encoder.name: timm/{name} needs the timm extra; pip install 'capdist[timm]'") from None
-    if stage is not None:
-        raise UsageError("encoder.stage: only torchvision ResNets can be cut; drop the key")
     if not timm.is_model(name.partition(".")[0]):
         # timm's own list is long: show near names only.
         raise UsageError(f"encoder.name: timm has no model {name!r}{_near_timm_name(name)}")
     try:
         network: Any = timm.create_model(name, pretrained=False, num_classes=0, global_pool="")
     except RuntimeError as error:  # an unknown tag behind the dot
-        raise UsageError(f"encoder.name: timm/{name}: {_first_line(error)}") from None
+        raise UsageError(f"encoder.name: timm/{name}: {reason_of(error)}") from None
     config = network.pretrained_cfg
     heads = config.get("classifier") or "classifier"
     ignore = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     _load_weights(network, weights, lambda: _timm_weights(name, weights), ignore)
+    if stage is not None:
+        _cut(network, stage)
     channels = _count_channels(network)
     return Backbone(network, channels, tuple(config["mean"]), tuple(config["std"]))
+
+
+def _cut(network: nn.Module, stage: str) -> None:
+    """Let a photo pass unchanged through the blocks behind a stage."""
+    names = [name for name, _ in _blocks(network)]
+    if stage not in names:
+        raise UsageError(f"encoder.stage: the encoder has no block {stage!r}{nearest(stage, names)}")
+    for name in names[names.index(stage) + 1 :]:
+        network.set_submodule(name, nn.Identity())
 
 
 def _near_timm_name(name: str) -> str:
@@ -257,7 +266,7 @@ def _count_channels(network: nn.Module) -> int:
         feature_map = network.eval()(torch.zeros(1, 3, 64, 64))
         shape: Any = tuple(feature_map.shape)
     except (AssertionError, RuntimeError, ValueError) as error:
-        feature_map, shape = None, f"an error ({_first_line(error)})"
+        feature_map, shape = None, f"an error ({reason_of(error)})"
     if feature_map is None or feature_map.ndim != 4 or feature_map.shape[1] < feature_map.shape[-1]:
         raise UsageError(
             f"encoder.name: gives {shape} for a 64-pixel photo instead of a feature map "
@@ -281,7 +290,7 @@ def _load_weights(
         raise
     except Exception as error:  # the libraries' errors for "no network" have no common class
         raise StorageError(
-            f"encoder.weights: {weights} could not be downloaded ({type(error).__name__}: {_first_line(error)}); "
+            f"encoder.weights: {weights} could not be downloaded ({type(error).__name__}: {reason_of(error)}); "
             "fetch the file on a machine with a network and give its path, or use encoder.weights=none"
         ) from error
     _load_state(network, state, weights, ignore)
@@ -303,17 +312,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise classes of their own for damaged files
-        raise CheckpointError(f"{path}: not a state dict of tensors ({_first_line(error)})") from None
+        raise CheckpointError(f"{path}: not a state dict of tensors ({reason_of(error)})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(
             f"{path}: not a state dict of tensors; save one with torch.save(model.state_dict(), path)"
         )
     return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120]
 
 
 def _load_state(network: nn.Module, state: dict[str, Tensor], origin: str, ignore: tuple[str, ...]) -> None:

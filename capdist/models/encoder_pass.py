@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from capdist.config import EncoderSection
+from capdist.errors import reason_of
 from capdist.models.encoder import Encoder
 from capdist.models.folding import fold
 
@@ -73,7 +74,7 @@ class EncoderPass:
                 self(pixel_values)
         except Exception as error:  # the compilers' errors have no common class
             self._compiled = None
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            return f"{type(error).__name__}: {reason_of(error)}"
         return None
 
     def _autocast(self, device: str) -> torch.autocast:

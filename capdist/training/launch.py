@@ -49,7 +49,7 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=None if precision == "inherit" else precision,
-            log_with=list(recipe.tracking.with_) if recipe is not None else None,
+            log_with=list(recipe.tracking.with_) or None if recipe is not None else None,
             project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
             # A plugin, because the environment overrides the plain argument. Steps drives its own accumulation.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

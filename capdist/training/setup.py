@@ -236,6 +236,8 @@ def _idle_settings(recipe: Recipe, data: PreparedData, model: CaptionModel) -> I
         yield "encoder.batch_norm=train does nothing: the encoder is frozen"
     if model.encoder.is_frozen and encoder.projection is None and training.word_presence:
         yield "training.word_presence does nothing: no features learn; encoder.projection or encoder.trainable_from do"
+    if training.stage == "scst" and training.start_from is None:
+        yield "training.stage=scst with new weights learns from noise; training.start_from names a model that captions"
     if recipe.evaluation.consensus is not None and recipe.evaluation.beam_size < 3:
         yield "evaluation.consensus does nothing with fewer than three beams; evaluation.beam_size=10 gives it a choice"
     if data.choosing is None:

@@ -76,9 +76,10 @@ def test_the_frozen_recipe_of_flickr8k_is_the_first_stage_of_the_whole() -> None
 
 def test_an_override_may_be_for_one_stage(tmp_path: Path) -> None:
     path = _write(tmp_path, RECIPE)
-    stages = load_stages(path, ["training.epochs=1", "stages.look.training.epochs=5", "stages.reward.scst.samples=7"])
-    assert [s.training.epochs for s in stages] == [1, 5, 1]
-    assert [s.scst.samples for s in stages] == [5, 5, 7]
+    overrides = ["training.epochs=1", "stages.look.training.epochs=5", "stages.reward.scst.samples=7"]
+    for stages in (load_stages(path, overrides), load_stages(path, overrides[::-1])):
+        assert [s.training.epochs for s in stages] == [1, 5, 1]
+        assert [s.scst.samples for s in stages] == [5, 5, 7]
     with pytest.raises(UsageError, match=r"command line: stages\.rewad: no such stage; did you mean 'reward'"):
         load_stages(path, ["stages.rewad.scst.samples=7"])
 
@@ -91,6 +92,7 @@ def test_an_override_may_be_for_one_stage(tmp_path: Path) -> None:
         ("stages.", "no such stage"),
         ("stages.look.training=3", "is not an override"),
         ("stages.look.training.start_from=old/model", "a stage starts from the one before"),
+        ("stages.look.training.epohs=2", "stages.look: training.epohs: unknown key; did you mean 'training.epochs'"),
     ],
 )
 def test_an_override_for_one_stage_that_cannot_take_effect_is_refused(
@@ -116,14 +118,21 @@ def test_the_first_stage_may_say_what_it_starts_from(tmp_path: Path) -> None:
     assert first.training.start_from == "old/model"
 
 
-def test_no_stage_starts_from_its_own_folder(tmp_path: Path) -> None:
-    (mistake,) = _mistakes(tmp_path, RECIPE, "training.start_from=there/photos-words/model")
-    assert mistake.startswith("stages: training.start_from: there/photos-words/model is in the folder of this run")
+@pytest.mark.parametrize("run", ["photos-words", "photos-look", "photos"])
+def test_no_stage_starts_from_what_the_recipe_writes(tmp_path: Path, run: str) -> None:
+    (mistake,) = _mistakes(tmp_path, RECIPE, f"training.start_from=there/{run}/model")
+    assert mistake.startswith(f"stages: training.start_from: there/{run}/model is in the folder of this run")
+
+
+def test_a_recipe_without_stages_says_so(tmp_path: Path) -> None:
+    (mistake,) = _mistakes(tmp_path, "training: {epochs: 2}", "stages.look.training.epochs=2")
+    assert mistake.startswith("command line: 'stages.look.training.epochs=2': ")
+    assert "recipe.yaml has no stages" in mistake
 
 
 def test_an_override_for_one_stage_cannot_change_what_a_model_is_made_of(tmp_path: Path) -> None:
     (mistake,) = _mistakes(tmp_path, RECIPE, "stages.look.run.seed=3")
-    assert mistake == "command line: run.seed: must be the same in all stages; set it outside them"
+    assert mistake == "command line: stages.look: run.seed: must be the same in all stages; set it outside them"
 
 
 def test_only_the_first_stage_says_what_it_starts_from(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capdist.errors import DataError, StorageError
+from capdist.errors import DataError, StorageError, reason_of
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -37,7 +37,7 @@ def _open_folder(folder: Path) -> DatasetDict:
         data = load_from_disk(str(folder)) if saved else load_dataset(str(folder))
     # The library has no root exception: scripts give RuntimeError, damaged files ArrowInvalid (a ValueError).
     except (FileNotFoundError, ValueError, RuntimeError, KeyError, TypeError, DatasetsError) as error:
-        raise DataError(f"{folder}: cannot be read: {_first_line(error)}; expected {_LAYOUT}") from error
+        raise DataError(f"{folder}: cannot be read: {reason_of(error)}; expected {_LAYOUT}") from error
     return data if isinstance(data, DatasetDict) else DatasetDict(train=data)
 
 
@@ -56,12 +56,8 @@ def _open_hub(name: str) -> DatasetDict:
         ) from error
     except (ConnectionError, TimeoutError, HfHubHTTPError) as error:
         raise StorageError(
-            f"{name}: the hub cannot be reached ({_first_line(error)}): give a local folder (save_to_disk or parquet) "
+            f"{name}: the hub cannot be reached ({reason_of(error)}): give a local folder (save_to_disk or parquet) "
             "in data.path; with the data set in the cache, HF_HUB_OFFLINE=1 uses it without asking"
         ) from error
     except (FileNotFoundError, ValueError, RuntimeError, DatasetsError) as error:
-        raise DataError(f"{name}: cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(".")
+        raise DataError(f"{name}: cannot be read: {reason_of(error)}") from error

@@ -10,7 +10,6 @@ from torch import Tensor
 from toy_decoder import EOS, A, B, C, PlainModel, ToyDecoder, has_repeat, make_features, make_options
 
 from capdist.decoding import SearchResult, greedy_search, sample
-from capdist.errors import UsageError
 
 DRAWS = 20_000
 
@@ -32,30 +31,14 @@ def assert_drawn_from(counts: Tensor, probabilities: Tensor) -> None:
     assert chi_square < 20  # with at most 3 degrees of freedom: p < 0.0002
 
 
-def allowed_distribution(decoder: ToyDecoder, features: Tensor, temperature: float) -> Tensor:
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.0])
+def test_frequencies_are_those_of_the_softmax(sharpness: float) -> None:
+    decoder, features = ToyDecoder(sharpness=sharpness), make_features(1)
+    options = make_options(max_length=1)
+    result = sample(decoder, features, options, DRAWS, generator=seeded())
     log_p = torch.tensor(PlainModel(decoder, features[0]).next([]), dtype=torch.float64)
     log_p[:2] = -math.inf
-    return (log_p / temperature).softmax(-1)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
-    decoder, features = ToyDecoder(sharpness=1.0), make_features(1)
-    options = make_options(max_length=1)
-    result = sample(decoder, features, options, DRAWS, temperature=temperature, generator=seeded())
-    expected = allowed_distribution(decoder, features, temperature)
-    assert_drawn_from(counts_of_first_word(result), expected)
-
-
-def test_top_k_and_top_p_cut_the_improbable() -> None:
-    decoder, features, options = ToyDecoder(sharpness=0.5), make_features(1), make_options(max_length=1)
-    full = allowed_distribution(decoder, features, 1.0)
-    ranked, order = full.sort(descending=True)
-    two = torch.zeros_like(full).index_put((order[:2],), ranked[:2] / ranked[:2].sum())
-    assert_drawn_from(counts_of_first_word(sample(decoder, features, options, DRAWS, 1.0, 2, 1.0, seeded())), two)
-    top_p = (ranked[0] + ranked[1] / 2).item()  # the second is needed to reach it
-    nucleus = sample(decoder, features, options, DRAWS, 1.0, 0, top_p, seeded())
-    assert_drawn_from(counts_of_first_word(nucleus), two)
+    assert_drawn_from(counts_of_first_word(result), log_p.softmax(-1))
 
 
 def test_whole_captions_have_the_probability_that_is_reported() -> None:
@@ -76,13 +59,12 @@ def test_whole_captions_have_the_probability_that_is_reported() -> None:
         assert abs(count - DRAWS * p) < 5 * math.sqrt(DRAWS * p) + 1
 
 
-@pytest.mark.parametrize("cut", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-40}])
-def test_cut_to_the_most_probable_it_is_greedy_search(cut: dict) -> None:
-    decoder, features = ToyDecoder(seed=3), make_features(8)
+def test_of_a_sure_decoder_it_is_greedy_search() -> None:
+    decoder, features = ToyDecoder(seed=3, sharpness=1e4), make_features(8)
     options = make_options(max_length=7, length_penalty=0.5, no_repeat_ngram=2)
-    greedy = greedy_search(decoder, features, options, return_attention=True)
-    drawn = sample(decoder, features, options, 3, generator=seeded(), return_attention=True, **cut)
-    for name in SearchResult.__dataclass_fields__:
+    greedy = greedy_search(decoder, features, options)
+    drawn = sample(decoder, features, options, 3, generator=seeded())
+    for name in ("tokens", "lengths", "ended", "log_probabilities", "scores"):
         expected = getattr(greedy, name)
         torch.testing.assert_close(getattr(drawn, name), expected.expand(-1, 3, *expected.shape[2:]))
 
@@ -95,10 +77,10 @@ def test_the_generator_decides() -> None:
     assert not torch.equal(first.tokens, other.tokens)
 
 
-def test_log_probabilities_are_the_models_whatever_the_temperature() -> None:
+def test_log_probabilities_are_the_models() -> None:
     decoder, features = ToyDecoder(seed=9, eos_bias=-1), make_features(4)
     options = make_options(max_length=6, length_penalty=1.0)
-    result = sample(decoder, features, options, 6, temperature=3.0, top_k=3, generator=seeded())
+    result = sample(decoder, features, options, 6, generator=seeded())
     assert torch.all(result.ended.long().diff(dim=1) <= 0)
     for image in range(4):
         model = PlainModel(decoder, features[image])
@@ -125,14 +107,3 @@ def test_min_length_holds() -> None:
     options = make_options(max_length=6, min_length=4)
     result = sample(ToyDecoder(eos_bias=3.0), make_features(4), options, 4, generator=seeded())
     assert torch.all(result.lengths >= 4)
-
-
-def test_all_mistakes_in_the_arguments_are_named() -> None:
-    with pytest.raises(UsageError) as error:
-        sample(ToyDecoder(), make_features(1), make_options(), 0, 0.0, -1, 1.5)
-    assert [mistake.split(":")[0] for mistake in error.value.mistakes] == [
-        "num_samples",
-        "temperature",
-        "top_k",
-        "top_p",
-    ]

@@ -138,6 +138,16 @@ def test_timm_backbone_gives_timms_features(tmp_path: Path, name: str) -> None:
     assert (backbone.mean, backbone.std) == (reference.pretrained_cfg["mean"], reference.pretrained_cfg["std"])
 
 
+@pytest.mark.parametrize(("name", "stage", "tap"), [("resnet10t", "layer3", 3), ("test_efficientnet", "blocks.4", -1)])
+def test_timm_backbone_ends_with_its_stage_as_timms_taps_do(tmp_path: Path, name: str, stage: str, tap: int) -> None:
+    reference: Any = _seeded(lambda: timm.create_model(name, pretrained=False, num_classes=0, global_pool=""))
+    backbone = build_backbone(f"timm/{name}", stage, _save(reference, tmp_path / "weights.safetensors"))
+    with torch.no_grad():
+        taps = reference.double().forward_intermediates(_photos().double(), intermediates_only=True)
+    torch.testing.assert_close(_features(Encoder(backbone), _photos()), _cells(taps[tap]), rtol=1e-9, atol=1e-9)
+    assert backbone.channels == taps[tap].shape[1]
+
+
 def test_timm_mobilenet_gives_its_unpooled_features(tmp_path: Path) -> None:
     """MobileNetV3 has a convolution behind its pooling; without the pooling it belongs to the feature map."""
     reference: Any = _seeded(
@@ -269,7 +279,7 @@ def test_timm_blocks_have_names_too(trainable_from: str) -> None:
         (("vgg16",), ("encoder.name", "'vgg16'", "resnet18", "timm/")),
         (("timm/resnet1",), ("encoder.name", "'resnet1'", "did you mean 'resnet")),
         (("timm/resnet18.no_such_tag",), ("encoder.name", "no_such_tag")),
-        (("timm/resnet18", "layer3"), ("encoder.stage", "torchvision")),
+        (("timm/resnet18", "layr3"), ("encoder.stage", "'layr3'", "did you mean 'layer3'")),
         (("resnet18", "layr3"), ("encoder.stage", "'layr3'", "did you mean 'layer3'")),
         (("resnet18", "fc"), ("encoder.stage", "'fc'", "layer4")),
         (("resnet18", None, "IMAGENET1K_V9"), ("encoder.weights", "'IMAGENET1K_V9'", "did you mean 'IMAGENET1K_V1'")),
