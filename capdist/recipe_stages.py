@@ -89,7 +89,7 @@ def differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str], 
             for key, value in keys.items():
                 if not _may_differ(section, key) and value != first[section][key]:
                     where = (("stages", stage, section, key) for stage in (name, *names))
-                    place = next((places[key] for key in where if key in places), "command line")
+                    place = next((places[key] for key in where if key in places), f"command line: stages.{name}")
                     mistakes.append(f"{place}: {section}.{key}: must be the same in all stages; set it outside them")
     return mistakes
 
