@@ -138,7 +138,7 @@ class DecoderSection(Section):
     """Width of the space in which query and keys meet."""
     dropout: Fraction = 0.5
     """Dropout on word vectors and on the state before the vocabulary head."""
-    gate: bool = True
+    gate: bool = False
     """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1)."""
     tie_weights: bool = False
     """Use one matrix for word vectors and vocabulary head; needs embed_size = hidden_size."""
@@ -163,8 +163,9 @@ class TrainingSection(Section):
     """Peak rate of the encoder's blocks that train; null = learning_rate."""
     optimizer: Literal["adam", "adamw"] = "adamw"
     """`adam` (Kingma & Ba) or `adamw` (Loshchilov & Hutter)."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Decay of matrices under `adamw`; biases, norms and word vectors are exempt. `adam` takes none."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Decay of matrices under `adamw`; biases, norms and word vectors, also those that are
+    the vocabulary head, are exempt. `adam` takes none."""
     schedule: Literal["constant", "cosine"] = "cosine"
     """Rate after warm-up: as it is, or down to zero along half a cosine."""
     warmup_steps: NotNegative = 0
