@@ -42,7 +42,8 @@ class RunSection(Section):
     seed: NotNegative = 0
     """Decides initial weights, order, augmentation and dropout."""
     threads: Positive | None = None
-    """Processor threads of each process; null = share the machine's processors among its processes."""
+    """Processor threads of each process; null = share the machine's processors among its processes. The launcher's
+    `--num_cpu_threads_per_process`, 1 where nobody gives it, is not heeded."""
 
 
 class DataSection(Section):
@@ -57,7 +58,8 @@ class DataSection(Section):
     batch_size: Positive = 32
     """Images in one micro-batch of one process."""
     captions_per_image: Annotated[int, Field(ge=1, le=5)] = 5
-    """Captions that share one pass of an image. An epoch shows every caption once whatever this says."""
+    """Captions that share one pass of an image. An epoch shows every caption once whatever this says: with fewer than
+    an image has, images pass several times; in `scst` each time with new samples."""
     num_workers: Annotated[int, Field(ge=0, le=256)] = 0
     """Loader processes; 0 loads in the main process."""
     limit: Positive | None = None

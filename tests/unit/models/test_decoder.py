@@ -23,6 +23,7 @@ from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.models.packing import Packing
 from capdist.text.vocabulary import IGNORED_LABEL
+from tests.unit.models.plain_decoder import plain_forward
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY, CHANNELS, CELLS = 11, 5, 4
@@ -78,37 +79,14 @@ def _captions(lengths: Sequence[Sequence[int]] = LENGTHS, extra_padding: int = 0
     return input_ids, labels
 
 
-def _plain_attention(attention: AdditiveAttention, features: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Look at the cells of rows (rows, N, C) from states (rows, H), keys and all."""
-    energies = attention.score(torch.tanh(attention.key(features) + attention.query(hidden).unsqueeze(1))).squeeze(2)
-    weights = energies.exp() / energies.exp().sum(dim=1, keepdim=True)
-    return (weights.unsqueeze(2) * features).sum(dim=1), weights
-
-
 def _plain_forward(model: CaptionModel, features: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits (rows, T, V) and attention (rows, T, N) as the textbook computes them.
-
-    Caption-major: features are repeated for each caption; keys and head anew for every word; the LSTM is torch's.
-    """
-    decoder = model.decoder
+    """Return logits (rows, T, V) and attention (rows, T, N) of the plain network."""
     if isinstance(model.projection, nn.Linear):
         convolution = model.projection.weight[:, :, None, None]
         feature_map = features.transpose(1, 2).unflatten(2, (2, 2))
         feature_map = nn.functional.conv2d(feature_map, convolution, model.projection.bias)
         features = feature_map.flatten(2).transpose(1, 2)
-    repeated = features.repeat_interleave(len(input_ids) // len(features), dim=0)
-    mean = repeated.sum(dim=1) / repeated.shape[1]
-    hidden, cell = decoder.initial_hidden(mean).tanh(), decoder.initial_cell(mean).tanh()
-    logits, looked = [], []
-    for position in range(input_ids.shape[1]):
-        context, weights = _plain_attention(decoder.attention, repeated, hidden)
-        if decoder.gate is not None:
-            context = context / (1 + torch.exp(-decoder.gate(hidden)))
-        word = decoder.embedding(input_ids[:, position])
-        hidden, cell = decoder.lstm(torch.cat([word, context], dim=1), (hidden, cell))
-        logits.append(decoder.head(hidden))
-        looked.append(weights)
-    return torch.stack(logits, dim=1), torch.stack(looked, dim=1)
+    return plain_forward(model.decoder, features, input_ids)
 
 
 def _packed_order(lengths: Sequence[int]) -> list[tuple[int, int]]:

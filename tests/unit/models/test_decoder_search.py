@@ -15,7 +15,7 @@ from capdist.decoding import SearchOptions, search
 from capdist.models.caption_model import CaptionModel
 from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
-from tests.unit.models.plain_decoder import soft_attention_caption
+from tests.unit.models.plain_decoder import plain_caption
 
 PAD, BOS, EOS = 0, 1, 2
 VOCABULARY, CHANNELS, CELLS = 13, 6, 4
@@ -61,9 +61,7 @@ def test_search_finds_what_it_finds_one_image_at_a_time(
         for rank in range(beam_size):
             words = found.tokens[image, rank, : int(found.lengths[image, rank])]
             said = torch.cat([words, torch.tensor([EOS])]) if found.ended[image, rank] else words
-            logits, looked = soft_attention_caption(
-                model.decoder, features[image], torch.cat([torch.tensor([BOS]), said[:-1]])
-            )
+            logits, looked = plain_caption(model.decoder, features[image], torch.cat([torch.tensor([BOS]), said[:-1]]))
             log_p = logits.log_softmax(dim=1)[range(len(said)), said].sum().item()
             assert found.log_probabilities[image, rank].item() == pytest.approx(log_p, abs=1e-4)
             attention = found.attention[image, rank, : len(words)].double()

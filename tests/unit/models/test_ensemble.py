@@ -28,7 +28,7 @@ from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.models.ensemble import Ensemble
 from capdist.text.vocabulary import Vocabulary
-from tests.unit.models.plain_decoder import soft_attention_caption
+from tests.unit.models.plain_decoder import plain_caption
 
 WORDS = ["a", "red", "dog"]
 PAD, BOS, EOS, UNK, *SAYABLE = range(4 + len(WORDS))
@@ -84,7 +84,7 @@ def _plain_probabilities(members: list[CaptionModel], photo: Tensor, words: list
     of_members = []
     for member in members:
         features = member.projection(member.encoder.network(photo[None])[0].flatten(1).T)
-        of_members.append(soft_attention_caption(member.decoder, features, torch.tensor([BOS, *words])))
+        of_members.append(plain_caption(member.decoder, features, torch.tensor([BOS, *words])))
     probabilities = [logits.exp() / logits.exp().sum(dim=1, keepdim=True) for logits, _ in of_members]
     return sum(probabilities) / len(members), sum(looked for _, looked in of_members) / len(members)
 
