@@ -92,8 +92,10 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def _is_until(line: str, step: int) -> bool:
+    """Return whether a line is of these steps; final scores are not: this start will end with its own."""
     try:
-        return line.endswith("\n") and json.loads(line)["step"] <= step
+        values = json.loads(line)
+        return line.endswith("\n") and values["step"] <= step and not values.get("final")
     except (ValueError, KeyError, TypeError):
         return False
 

@@ -91,6 +91,14 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path: Path, step: int, kept:
     assert [line["step"] for line in _lines(tmp_path)] == [*kept, step]
 
 
+def test_final_scores_of_an_earlier_start_give_way_to_those_of_this_one(tmp_path: Path) -> None:
+    first = _track(tmp_path, 0)
+    first.log({"cider": 0.9}, 3)
+    first.log({"split": "test", "final": True, "cider": 1.0}, 3)
+    _track(tmp_path, 3).log({"split": "test", "final": True, "cider": 1.1}, 3)
+    assert [line["cider"] for line in _lines(tmp_path)] == [0.9, 1.1]
+
+
 def test_kept_lines_are_kept_byte_for_byte(tmp_path: Path) -> None:
     _write(tmp_path, 0, 10, 20)
     before = _log(tmp_path).read_bytes().splitlines(keepends=True)
