@@ -38,7 +38,7 @@ def save_samples(photos: Sequence[Image.Image], titles: Sequence[str], path: Pat
     figure.suptitle(title, fontsize=11)
     for axis, photo, text in zip(axes, photos, titles, strict=False):
         axis.imshow(photo)
-        axis.set_title(textwrap.fill(text, 34), fontsize=8.5, y=-0.02, va="top")
+        axis.set_title(textwrap.fill(text, 34), fontsize=8.5, y=-0.02, pad=0, va="top")
     figure.savefig(path)
 
 
