@@ -28,6 +28,7 @@ from capdist.errors import (
     StorageError,
     UsageError,
     nearest,
+    reason_of,
     run_program,
 )
 
@@ -52,6 +53,16 @@ def _raiser(error: BaseException) -> Callable[[], None]:
         raise error
 
     return program
+
+
+def test_reasons_of_libraries_are_one_line_that_says_what_is_wrong() -> None:
+    layer = torch.nn.Linear(2, 3)
+    with pytest.raises(RuntimeError) as caught:
+        layer.load_state_dict({"weight": torch.zeros(4, 2), "bias": torch.zeros(3)})
+    assert "size mismatch for weight" in reason_of(caught.value)
+    assert "\n" not in reason_of(caught.value)
+    assert reason_of(ValueError()) == "ValueError"
+    assert len(reason_of(ValueError("x" * 1000))) == 300
 
 
 @pytest.mark.parametrize("result", [None, 0, 3, "text", False])

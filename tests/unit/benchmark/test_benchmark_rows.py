@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from capdist.benchmark.command import _check
 from capdist.benchmark.encoding import load_input
 from capdist.benchmark.measure import Timing
 from capdist.benchmark.report import Row, Table
@@ -25,6 +26,15 @@ def _input(**data: Any) -> Table:
         recipe=recipe, accelerator=accelerator, preprocessing=Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
     )
     return load_input(work, num_photos=4, repeats=1, with_textbook=False)
+
+
+@pytest.mark.parametrize("name", ["train-step", "epoch"])
+@pytest.mark.parametrize("training", [{"stage": "scst"}, {"word_presence": 1.0}])
+def test_steps_that_would_not_be_the_recipes_are_not_measured(name: str, training: dict[str, Any]) -> None:
+    _check([name], Recipe(), None)
+    with pytest.raises(UsageError, match="measure cross-entropy of words"):
+        _check([name], Recipe(training=training), None)
+    _check(["caption"], Recipe(training=training), None)
 
 
 def test_without_a_path_photos_are_made_up_and_called_so() -> None:

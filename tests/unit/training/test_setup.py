@@ -60,7 +60,7 @@ def test_all_weights_arrive(folder: Path, trainable_from: str | None) -> None:
         ({}, {"hidden_size": 16}, ["dog", "cat"], "decoder.hidden_size is 8 there, here 16"),
         ({"stage": "layer2"}, {}, ["dog", "cat"], "encoder.stage is 'layer1' there, here 'layer2'"),
         ({"grid": 14}, {}, ["dog", "cat"], "encoder.grid is None there, here 14"),
-        ({}, {"gate": False}, ["dog", "cat"], "decoder.gate is True there, here False"),
+        ({}, {"gate": True}, ["dog", "cat"], "decoder.gate is False there, here True"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(
