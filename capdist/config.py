@@ -138,7 +138,7 @@ class DecoderSection(Section):
     """Width of the state of the LSTM."""
     attention_size: Positive = 512
     """Width of the space in which query and keys meet."""
-    dropout: Fraction = 0.2
+    dropout: Fraction = 0.5
     """Dropout on word vectors and on the state before the vocabulary head."""
     gate: bool = False
     """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1)."""
