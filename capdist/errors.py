@@ -210,4 +210,4 @@ def reason_of(error: Exception) -> str:
 
     Not its first line: that of `load_state_dict` only says that there are errors.
     """
-    return (" ".join(str(error).split())[:300] or type(error).__name__).rstrip(".")
+    return (" ".join(str(error).split())[:200] or type(error).__name__).rstrip(".")

@@ -410,7 +410,7 @@ def test_other_differences_are_refused(field: str, value: Any, fragment: str) ->
 def test_all_differences_are_listed_at_once() -> None:
     saved = _identity()
     now = replace(
-        _identity(run={"seed": 5}, decoder={"gate": False}, training={"epochs": 3, "clip_norm": None}),
+        _identity(run={"seed": 5}, decoder={"gate": True}, training={"epochs": 3, "clip_norm": None}),
         num_processes=1, vocabulary="other", data="other", threads=1, versions={},
     )  # fmt: skip
     with pytest.raises(CheckpointError) as caught:

@@ -78,7 +78,7 @@ def test_the_temperature_divides_the_logits_of_the_start_once(run, tmp_path: Pat
 
 
 def test_a_start_that_is_never_surpassed_stays_the_best(run) -> None:  # type: ignore[no-untyped-def]
-    start, _ = run("start", "evaluation.select_by=bleu_1", "evaluation.every_epochs=9")
+    start, _ = run("start", "evaluation.select_by=bleu_1", "training.epochs=30", "training.learning_rate=0.02")
     more = ("training.learning_rate=10.0", "evaluation.select_by=bleu_1")
     folder, _ = run("worse", *SCST, f"training.start_from={start / 'model'}", *more)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
