@@ -91,7 +91,7 @@ class _Table:
             place = f"{self.where}, row {row}"
             split = split_named(words[row])
             if split is None:
-                self._findings.oddity(UNKNOWN_SPLIT, f"{key} ({words[row]})")
+                self._findings.oddity(UNKNOWN_SPLIT, f"{key} ({words[row] or 'none'})")
                 continue
             image = images.setdefault(key, _Image(row, split, key))
             if image.row != row and not self._one_caption_a_row:
@@ -117,7 +117,7 @@ class _Table:
         if column is None:
             return [self._name] * len(self._table)
         found = find_column(self._table.column_names, column, (), "data.split_column", self.where)
-        return [str(word) for word in self._table.select_columns(found)[:][found]]
+        return ["" if word is None else str(word) for word in self._table.select_columns(found)[:][found]]
 
     def _captions(self) -> Iterator[list[str]]:
         cells: dict[str, list[Any]] = self._table.select_columns(self._caption_columns)[:]

@@ -96,12 +96,15 @@ def test_one_caption_a_row_is_grouped(tmp_path: Path, with_id: bool) -> None:
 
 @pytest.mark.parametrize("asked", ["split", None])
 def test_split_by_a_column(tmp_path: Path, asked: str | None) -> None:
-    words = ["train", "val", "train", "restval", "other"]
-    path = _save(tmp_path, test=_table(5, text=["a", "b", "c", "d", "e"], split=words))
+    words = ["train", "val", "train", "restval", "other", None]
+    path = _save(tmp_path, test=_table(6, text=["a", "b", "c", "d", "e", "f"], split=words))
     loaded = load_source("hub", path, split_column=asked)
     assert loaded.splits["train"]["captions"][:] == [["a"], ["c"], ["d"]]
     assert loaded.splits["validation"]["captions"][:] == [["b"]]
-    assert any("1 image is in none of train, validation and test" in note for note in loaded.notes)
+    left_out = [note for note in loaded.notes if "are in none of train, validation and test" in note]
+    assert len(left_out) == 1
+    assert "(other)" in left_out[0]
+    assert "(none)" in left_out[0]
 
 
 def test_chosen_columns(tmp_path: Path) -> None:
