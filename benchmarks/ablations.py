@@ -26,10 +26,17 @@ from typing import Any
 
 import yaml
 
+from capdist.config import Recipe
+from capdist.errors import UsageError, run_program
 from capdist.recipe_file import load_recipe
+from capdist.training.checkpoints import recipe_differences
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("bleu_1", "bleu_4", "cider")
+OF_ONE_RUN = {("run", key) for key in ("name", "output_dir", "seed", "threads")} | {
+    ("training", "start_from"), ("data", "path"), ("data", "num_workers"), ("training", "log_every"),
+}  # fmt: skip
+"""Keys in which two seeds of a row may differ."""
 
 
 def scores_of(folder: Path) -> dict[str, Any] | None:
@@ -38,17 +45,48 @@ def scores_of(folder: Path) -> dict[str, Any] | None:
     return json.loads(scores.read_text(encoding="utf-8"))["metrics"] if scores.exists() else None
 
 
-def check_settings(folder: Path, settings: Sequence[str]) -> None:
-    """Refuse to take a run for one with other settings, which end with the changes of its row."""
-    note = folder.with_suffix(".settings")
-    noted = note.read_text(encoding="utf-8").split("\n") if note.exists() else list(settings)
-    if noted[len(noted) - len(settings) :] != list(settings):
-        raise SystemExit(f"{folder}: was trained with other settings; delete it, or choose another --output-dir")
+def check_settings(folder: Path, expected: Recipe) -> None:
+    """Refuse to take a run for one of another recipe.
+
+    Args:
+        folder: Of a run that is over.
+        expected: What it should have trained, apart from its seed, its folder and its start.
+
+    Raises:
+        UsageError: with a line for each difference.
+    """
+    saved = load_recipe(folder / "config.yaml")
+    if mistakes := [
+        f"{folder}: was trained with {section}.{key}={before}, not {after}; delete it, or choose another --output-dir"
+        for section, key, before, after in recipe_differences(saved.to_dict(), expected.to_dict(), OF_ONE_RUN)
+    ]:
+        raise UsageError(*mistakes)
 
 
 def folder_of(output: Path, row: str, seed: int) -> Path:
     """Return the folder of a run."""
     return output / f"{row.replace(' ', '_')}-{seed}"
+
+
+def settings_of(changes: Sequence[str], seed: int, arguments: argparse.Namespace) -> list[str]:
+    """Return the overrides that make a run of one row and seed."""
+    common = ["evaluation.halve_validation=true", "tracking.with=[]"]
+    return [*common, *(text.replace("{seed}", str(seed)) for text in arguments.overrides), *changes]
+
+
+def check_plan(rows: Mapping[str, Sequence[str]], arguments: argparse.Namespace) -> None:
+    """Find what is wrong before anything is trained.
+
+    Raises:
+        UsageError: an impossible recipe, or a folder of another one.
+    """
+    for (row, changes), seed in product(rows.items(), arguments.seeds):
+        recipe = load_recipe(arguments.config, settings_of(changes, seed, arguments))
+        if recipe.data.limit is not None:
+            raise UsageError("data.limit: not here: dev-report is half of all validation photos, not of the first few")
+        folder = folder_of(arguments.output_dir, row, seed)
+        if scores_of(folder):
+            check_settings(folder, recipe)
 
 
 def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Namespace) -> bool:
@@ -58,24 +96,21 @@ def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Names
         Whether it has a score now.
     """
     folder = folder_of(arguments.output_dir, row, seed)
-    settings = ["evaluation.halve_validation=true", "tracking.with=[]"]
-    settings += [*(text.replace("{seed}", str(seed)) for text in arguments.overrides), *changes]
-    check_settings(folder, [str(arguments.config), *settings])
     if scores_of(folder):
         return True
+    settings = settings_of(changes, seed, arguments)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     own = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"run.threads={threads}"]
     program = ["--config_file", str(ROOT / "accelerate_config.yaml"), str(ROOT / "capdist" / "train.py")]
     training = [sys.executable, "-m", "accelerate.commands.launch", *program, "--config", str(arguments.config)]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.with_suffix(".settings").write_text("\n".join([str(arguments.config), *settings]), encoding="utf-8")
     data = load_recipe(arguments.config, settings).data
     scoring = [sys.executable, "-m", "capdist.cli", "evaluate", str(folder / "model"), "--split", "dev-report"]
     scoring += ["--source", data.source, "--output", str(folder / "dev-report.json")]
     scoring += [] if data.path is None else ["--path", data.path]
     columns = {key: name for key, name in data.model_dump().items() if key.endswith("_column") and name is not None}
     scoring += [f"data.{key}={name}" for key, name in columns.items()]
-    with folder.with_suffix(".out").open("a", encoding="utf-8") as out:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.out").open("a", encoding="utf-8") as out:
         for command in ([*training, *settings, *own, "--resume"], scoring):
             result = subprocess.run(
                 command, stdout=out, stderr=out, check=False, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
@@ -93,19 +128,24 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def table(rows: Mapping[str, Sequence[str]], output: Path, seeds: Sequence[int]) -> str:
-    """Return the table of what is there."""
+    """Return the table of what is there.
+
+    Raises:
+        UsageError: if runs differ by more than their rows say.
+    """
     lines = ["| row | changes | seeds | BLEU-1 | BLEU-4 | CIDEr |", "| --- " * 6 + "|"]
+    base: Path | None = None
     for row, changes in rows.items():
-        scores = []
-        for seed in seeds:
-            folder = folder_of(output, row, seed)
-            if found := scores_of(folder):
-                check_settings(folder, changes)
-                scores.append(found)
-        if scores:
+        folders = [folder for seed in seeds if scores_of(folder := folder_of(output, row, seed))]
+        if folders:
+            base = base or (None if changes else folders[0])
+            expected = load_recipe((base or folders[0]) / "config.yaml", changes)
+            for folder in folders:
+                check_settings(folder, expected)
+            scores = [scores_of(folder) or {} for folder in folders]
             figures = [mean_and_deviation([score[name] for score in scores]) for name in METRICS]
             shown = ", ".join(f"`{change}`" for change in changes)
-            lines.append(f"| {row} | {shown} | {len(scores)} | {' | '.join(figures)} |")
+            lines.append(f"| {row} | {shown} | {len(folders)} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -130,6 +170,7 @@ def main() -> None:
         rows = {row: rows[row] for row in arguments.only}
     is_whole = True
     if not arguments.table:
+        check_plan(rows, arguments)
         planned = product(arguments.seeds, rows.items())
         with ThreadPoolExecutor(arguments.jobs) as pool:
             is_whole = all([*pool.map(lambda one: train(one[1][0], one[1][1], one[0], arguments), planned)])
@@ -138,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

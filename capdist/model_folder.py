@@ -70,6 +70,12 @@ class TrainedModel:
     metrics: Mapping[str, Any]
     digest: str = ""
 
+    @property
+    def chosen_on(self) -> str | None:
+        """Split that it is the best epoch on, or None."""
+        # Older folders say only what scored.
+        return self.metrics.get("chosen_on", self.metrics.get("split"))
+
 
 def search_options(search: Mapping[str, Any], vocabulary: Vocabulary, max_length: int) -> SearchOptions:
     """Return the search of a recipe or model folder.

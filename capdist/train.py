@@ -119,7 +119,14 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
     from capdist.training.evaluation import Evaluator
     from capdist.training.loop import Loop
     from capdist.training.optimization import build_optimizer
-    from capdist.training.setup import build_network, describe_start, identify, refuse_to_overwrite, show_start
+    from capdist.training.setup import (
+        build_network,
+        check_checkpoint,
+        describe_start,
+        identify,
+        refuse_to_overwrite,
+        show_start,
+    )
     from capdist.training.stopping import StopSignals
     from capdist.training.tracking import Tracking
 
@@ -135,6 +142,8 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
         preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
         optimizer = build_optimizer(model, recipe.training)
         identity = identify(recipe, data, model, accelerator)
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, identity)
         show_start(accelerator, recipe, data, model)
 
         # A frozen encoder sees each photo once, not once an epoch.

@@ -108,11 +108,22 @@ class Captioner:
         return cls(members, device, [str(folder) for folder in folders])
 
     def options(self, beam_size: int | None = None, consensus: float | None = None) -> SearchOptions:
-        """Return the model's own search settings, with some replaced; `consensus` 0 is none."""
+        """Return the model's own search settings, with some replaced; `consensus` 0 is none.
+
+        With fewer than three beams, which have nothing to agree on, the model's own consensus is left out.
+
+        Raises:
+            UsageError: as `SearchOptions`, or if consensus of so few beams is asked for.
+        """
         asked = {"beam_size": beam_size, "consensus": consensus}
         values = {**self.trained.search, **{key: value for key, value in asked.items() if value is not None}}
         values["consensus"] = values.get("consensus") or None
-        return search_options(values, self.trained.vocabulary, self.trained.max_length)
+        options = search_options(values, self.trained.vocabulary, self.trained.max_length)
+        if options.consensus is None or options.beam_size >= 3:
+            return options
+        if consensus:
+            raise UsageError(f"consensus: {consensus:g} does nothing with fewer than three beams; take 10")
+        return replace(options, consensus=None)
 
     def caption(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from capdist.metrics import TOKENISER
 from capdist.recipe_file import recipe_from_dict
 from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
 from capdist.training.launch import build_accelerator, on_main
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_folder(
@@ -80,6 +83,8 @@ def evaluate_folder(
     captioner = Captioner.from_pretrained([model, *others], accelerator.device, image_size)
     rows = _read_split(data, split)
     trained, options = captioner.trained, captioner.options(beam_size, consensus=consensus)
+    if rows.name == REPORT and any(member.chosen_on == "validation" for member in captioner.members):
+        logger.warning(f"{model}: was chosen on the whole validation split: dev-report tells no more than dev")
     evaluator = Evaluator(accelerator, trained.vocabulary, trained.preprocessing, options, batch_size, num_workers)
     evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
     result = _result(captioner, data, rows, options, evaluation)

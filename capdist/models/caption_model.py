@@ -111,6 +111,9 @@ class CaptionModel(nn.Module):
         projected = self.projection(features)
         if own_words:
             input_ids = self._mix_in(projected, input_ids, packing, own_words)
+            # In older versions of torch a cast that autocast keeps of this pass has no gradient in the next one
+            # (pytorch issue 112583).
+            torch.clear_autocast_cache()
         hidden, looked = self.decoder(projected, input_ids, packing)
         # The head sees all words of the batch in one product, and no padding.
         logits = self.decoder.head(hidden)

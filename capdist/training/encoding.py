@@ -253,5 +253,6 @@ class _SplitEncoder:
         if self.signals.agreed(self.accelerator):
             raise self.signals.stopped(
                 self.accelerator,
-                "in the encoder pass; the photos encoded so far are kept, and the same command goes on from there",
+                "in the encoder pass; the photos encoded so far are kept, and the same command goes on from there "
+                "(of a recipe in stages: with --resume)",
             )

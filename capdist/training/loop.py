@@ -32,7 +32,6 @@ from capdist.training.averaging import WeightAverage
 from capdist.training.checkpoints import (
     Identity,
     TrainState,
-    check_identity,
     load_checkpoint,
     prune_checkpoints,
     read_state,
@@ -159,13 +158,12 @@ class Loop:
         )
 
     def restore(self, path: Path) -> None:
-        """Continue from a whole checkpoint.
+        """Continue from a whole checkpoint of this run, see `check_checkpoint`.
 
         Raises:
-            CheckpointError: if it belongs to another run.
+            CheckpointError: if it cannot be read.
         """
-        self.state, saved = read_state(path)
-        check_identity(path, saved, self.identity, logger.warning)
+        self.state, _ = read_state(path)
         load_checkpoint(path, self.unwrapped, self.optimizer, self.average)
         if self.accelerator.scaler is not None and self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
@@ -205,6 +203,9 @@ class Loop:
         ) as progress:  # fmt: skip
             if self.state.step == 0 and self.recipe.training.start_from is not None:
                 meter.start_s += self._validate(tracking)  # a stage that makes things worse must not be kept
+            elif self._owes_validation():
+                meter.start_s += self._validate(tracking)
+                self._saved_step = 0
             while self.state.step < self.total_steps and not self._is_stale():
                 index = self.state.step
                 before = time.perf_counter()
@@ -220,20 +221,28 @@ class Loop:
                 if self._is_due(self.recipe.training.log_every):
                     self._log_training(meter, tracking, progress)
                     meter = self._new_meter()
-                if self._ends_epoch(self.recipe.evaluation.every_epochs):
+                # Who asks to stop may give less time than a validation takes: the checkpoint comes first.
+                if self._ends_epoch(self.recipe.evaluation.every_epochs) and not report.stop:
                     meter.start_s += self._validate(tracking)
-                if self._checkpoint_is_due() or report.stop:
+                # The best model must not be of a future that a resumed run may not repeat.
+                if self._checkpoint_is_due() or report.stop or self.state.best_step == self.state.step:
                     self._save()
                 if report.stop:
                     raise signals.stopped(
                         self.accelerator, f"after step {self.state.step}; checkpoint saved, --resume continues"
                     )
-        if self.state.validated_step != self.state.step:  # resumed with no step left: it was to be longer
-            self._validate(tracking)
-            self._saved_step = 0
         if self._saved_step != self.state.step:
             self._save()  # patience ended the run between two checkpoints
+        if signals.agreed(self.accelerator):
+            raise signals.stopped(
+                self.accelerator, "after the last step; all is saved, --resume gives the final scores"
+            )
         return self.state
+
+    def _owes_validation(self) -> bool:
+        """Whether the checkpoint was made before its validation, or by a run that was to be longer."""
+        over = self.state.step >= self.total_steps or self._ends_epoch(self.recipe.evaluation.every_epochs)
+        return over and self.state.step > 0 and self.state.validated_step != self.state.step
 
     def _set_mode(self) -> None:
         # Samples are learned by the network that drew them. With dropout it would be another, for which this is not the

@@ -23,7 +23,14 @@ from capdist.errors import CheckpointError, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.checkpoints import FREE_KEYS, Identity, load_weights, recipe_differences
+from capdist.training.checkpoints import (
+    FREE_KEYS,
+    Identity,
+    check_identity,
+    load_weights,
+    read_state,
+    recipe_differences,
+)
 from capdist.training.launch import on_main
 from capdist.training.tracking import LOG
 
@@ -115,6 +122,16 @@ def identify(recipe: Recipe, data: PreparedData, model: CaptionModel, accelerato
     )
 
 
+def check_checkpoint(checkpoint: Path, identity: Identity) -> None:
+    """Refuse to continue another run, before anything long is begun.
+
+    Raises:
+        CheckpointError: as `read_state` and `check_identity`.
+    """
+    _, saved = read_state(checkpoint)
+    check_identity(checkpoint, saved, identity, logger.warning)
+
+
 def build_network(recipe: Recipe, vocabulary: Vocabulary, checkpoint: Path | None = None) -> CaptionModel:
     """Make the network of a run with the weights that it starts with.
 
@@ -168,17 +185,11 @@ def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary, recipe:
         )
     if mistakes:
         raise CheckpointError(*mistakes)
-    if recipe.evaluation.halve_validation and _chosen_on(trained) == "validation":
+    if recipe.evaluation.halve_validation and trained.chosen_on == "validation":
         logger.warning(
             f"training.start_from: {folder} was chosen on the whole validation split: dev-report tells nothing"
         )
     model.load_state_dict(trained.model.state_dict())
-
-
-def _chosen_on(trained: TrainedModel) -> str | None:
-    # Older folders say only what scored.
-    split: str | None = trained.metrics.get("chosen_on", trained.metrics.get("split"))
-    return split
 
 
 _OF_LAYERS = {

@@ -21,8 +21,9 @@ from safetensors import safe_open
 
 from capdist.config import DecoderSection, EncoderSection, EvaluationSection
 from capdist.data.images import Preprocessing
-from capdist.errors import CapdistError, CheckpointError, StorageError
+from capdist.errors import CapdistError, CheckpointError, StorageError, UsageError
 from capdist.inference.captioner import Captioner
+from capdist.inference.evaluate_folder import evaluate_folder
 from capdist.model_folder import (
     SEARCH_KEYS,
     TrainedModel,
@@ -33,6 +34,7 @@ from capdist.model_folder import (
 )
 from capdist.models.caption_model import build_model
 from capdist.text.vocabulary import Vocabulary
+from tests.conftest import draw_photos
 
 FILES = {"config.json", "model.safetensors", "vocabulary.json", "README.md"}
 WORDS = ["a", "red", "blue", "dog", "ball", "é", "runs", "<odd>"]
@@ -338,13 +340,32 @@ def test_consensus_travels_with_the_model_and_can_be_overruled(folder: Path) -> 
     captioner = Captioner.from_pretrained(folder, "cpu")
     assert captioner.options().consensus is None
     assert captioner.options(beam_size=10, consensus=3.0).consensus == 3.0
-    _edit_config(folder, lambda config: config["search"].update(consensus=4.0))
+    _edit_config(folder, lambda config: config["search"].update(consensus=4.0, beam_size=10))
     captioner = Captioner.from_pretrained(folder, "cpu")
     assert captioner.options().consensus == 4.0
     validated = EvaluationSection(**captioner.trained.search).model_dump()
     assert search_options(validated, captioner.trained.vocabulary, 7) == captioner.options()
     assert "consensus" in EvaluationSection().model_dump(include=set(SEARCH_KEYS))
     assert captioner.options(consensus=0).consensus is None
+    assert captioner.options(beam_size=2).consensus is None
+    with pytest.raises(UsageError, match=r"^consensus: 4 does nothing with fewer than three beams"):
+        captioner.options(beam_size=2, consensus=4)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_half_on_which_a_model_was_chosen_is_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = str(draw_photos(tmp_path / "photos", {"validation": 4}))
+
+    def warnings(chosen_on: str) -> list[str]:
+        _edit_config(folder, lambda config: config["metrics"].update(chosen_on=chosen_on))
+        caplog.clear()
+        evaluate_folder(str(folder), source="folder", path=photos, split="dev-report")
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert any("was chosen on the whole validation split" in warning for warning in warnings("validation"))
+    assert not any("was chosen" in warning for warning in warnings("validation-choose"))
 
 
 @pytest.mark.parametrize(

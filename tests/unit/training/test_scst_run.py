@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,6 +169,64 @@ def test_a_run_resumed_with_no_step_left_still_ends_with_a_model(  # type: ignor
     kept = load_file(folder / "model" / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in kept.items())
     assert json.loads((folder / "checkpoints" / "step_00000002" / "state.json").read_text())["state"]["best_step"] == 2
+
+
+def _validations(folder: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line["cider"]) for line in lines if line.get("split") == "validation"]
+
+
+def test_a_stop_at_the_end_of_an_epoch_saves_before_it_validates(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = ("data.batch_size=6", "data.captions_per_image=5", "training.log_every=1", "training.epochs=3")
+    straight, expected = run("straight", *epochs)
+    assert [step for step, _ in _validations(straight)] == [1, 2, 3]
+
+    def tell_to_stop(loop: Loop, *_: object) -> None:
+        if loop.state.step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_log_training", tell_to_stop)
+        with pytest.raises(Stopped, match="after step 2"):
+            run("stopped", *epochs)
+    assert [step for step, _ in _validations(tmp_path / "stopped")] == [1]
+    folder, resumed = run("stopped", *epochs, resume=True)
+    assert _validations(folder) == _validations(straight)
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in expected.items())
+
+
+def test_no_model_is_kept_without_the_checkpoint_of_its_step(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose_power(loop: Loop, *_: object) -> None:
+        if loop.state.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "_log_training", lose_power)
+    with pytest.raises(KeyboardInterrupt):
+        run("run", "data.batch_size=6", "training.log_every=1", "training.epochs=3", "checkpoint.every_steps=100")
+    assert (tmp_path / "run" / "model").is_dir()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+
+
+def test_a_signal_after_the_last_step_ends_the_program(  # type: ignore[no-untyped-def]
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = Loop._validate
+
+    def validate_and_hear(loop: Loop, *rest: Any) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        return validate(loop, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_validate", validate_and_hear)
+        with pytest.raises(Stopped, match="after the last step; all is saved") as stopped:
+            run("run", "training.max_steps=1")
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    folder, _ = run("run", "training.max_steps=1", resume=True)
+    assert len(_validations(folder)) == 1
 
 
 def test_a_word_head_is_of_training_only(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
