@@ -28,7 +28,7 @@ import yaml
 
 from capdist.config import Recipe
 from capdist.errors import UsageError, run_program
-from capdist.recipe_file import load_recipe
+from capdist.recipe_file import load_recipe, load_stages
 from capdist.training.checkpoints import recipe_differences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,7 +81,7 @@ def check_plan(rows: Mapping[str, Sequence[str]], arguments: argparse.Namespace)
         UsageError: an impossible recipe, or a folder of another one.
     """
     for (row, changes), seed in product(rows.items(), arguments.seeds):
-        recipe = load_recipe(arguments.config, settings_of(changes, seed, arguments))
+        recipe = load_stages(arguments.config, settings_of(changes, seed, arguments))[-1]
         if recipe.data.limit is not None:
             raise UsageError("data.limit: not here: dev-report is half of all validation photos, not of the first few")
         folder = folder_of(arguments.output_dir, row, seed)
@@ -103,7 +103,7 @@ def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Names
     own = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"run.threads={threads}"]
     program = ["--config_file", str(ROOT / "accelerate_config.yaml"), str(ROOT / "capdist" / "train.py")]
     training = [sys.executable, "-m", "accelerate.commands.launch", *program, "--config", str(arguments.config)]
-    data = load_recipe(arguments.config, settings).data
+    data = load_stages(arguments.config, settings)[-1].data
     scoring = [sys.executable, "-m", "capdist.cli", "evaluate", str(folder / "model"), "--split", "dev-report"]
     scoring += ["--source", data.source, "--output", str(folder / "dev-report.json")]
     scoring += [] if data.path is None else ["--path", data.path]

@@ -84,7 +84,8 @@ def evaluate_folder(
     rows = _read_split(data, split)
     trained, options = captioner.trained, captioner.options(beam_size, consensus=consensus)
     if rows.name == REPORT and any(member.chosen_on == "validation" for member in captioner.members):
-        logger.warning(f"{model}: was chosen on the whole validation split: dev-report tells no more than dev")
+        names = " + ".join([model, *others])
+        logger.warning(f"{names}: was chosen on the whole validation split: dev-report tells no more than dev")
     evaluator = Evaluator(accelerator, trained.vocabulary, trained.preprocessing, options, batch_size, num_workers)
     evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
     result = _result(captioner, data, rows, options, evaluation)
