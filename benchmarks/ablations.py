@@ -30,6 +30,7 @@ from capdist.config import Recipe
 from capdist.errors import UsageError, run_program
 from capdist.recipe_file import load_recipe, load_stages
 from capdist.training.checkpoints import recipe_differences
+from capdist.training.launch import available_processors
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("bleu_1", "bleu_4", "cider")
@@ -99,7 +100,7 @@ def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Names
     if scores_of(folder):
         return True
     settings = settings_of(changes, seed, arguments)
-    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    threads = max(1, available_processors() // arguments.jobs)
     own = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"run.threads={threads}"]
     program = ["--config_file", str(ROOT / "accelerate_config.yaml"), str(ROOT / "capdist" / "train.py")]
     training = [sys.executable, "-m", "accelerate.commands.launch", *program, "--config", str(arguments.config)]

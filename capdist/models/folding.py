@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -31,14 +33,44 @@ class _NormedConv2d(nn.Conv2d):
         (norm,) = self.norm
         if norm.training:
             return super().forward(input)
-        return self._conv_forward(input, *_folded(self, norm))
+        return self._conv_forward(self._padded(input), *_folded(self, norm))
+
+    def _padded(self, input: Tensor) -> Tensor:
+        return input
 
 
 class _AppliedNorm2d(nn.BatchNorm2d):
     """Leaves to a `_NormedConv2d` what that does."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if self.training else input
+        if self.training:
+            return super().forward(input)
+        for part in _besides(self):
+            input = part(input)
+        return input
+
+
+@cache
+def _joined(kind: type) -> Any:
+    """Return the class that a convolution or norm of a class has once it is joined."""
+    joined = _NormedConv2d if issubclass(kind, nn.Conv2d) else _AppliedNorm2d
+    if kind in joined.__bases__:
+        return joined
+    # The paddings of timm's Conv2dSame depend on the size of its input.
+    own = {"_padded": _padded_same} if kind in _timm_layers("Conv2dSame") else {}
+    return type(f"{joined.__name__}_{kind.__name__}", (joined, kind), own)
+
+
+def _padded_same(convolution: nn.Conv2d, input: Tensor) -> Tensor:
+    from timm.layers.padding import pad_same
+
+    size, stride, dilation = convolution.kernel_size, convolution.stride, convolution.dilation
+    return pad_same(input, [*size], [*stride], [*dilation])
+
+
+def _besides(norm: nn.Module) -> list[nn.Module]:
+    """Return what timm's norms do besides."""
+    return [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]
 
 
 def find_pairs(network: nn.Module) -> list[Pair]:
@@ -86,12 +118,13 @@ def _pair_at(node: fx.Node) -> Pair | None:
 
 def _is_convolution(module: nn.Module) -> bool:
     """Whether the output is linear in the module's own weight: some of timm's kinds normalise the weight first."""
-    return type(module) in (nn.Conv2d, _NormedConv2d, *_timm_layers("Conv2dSame"))
+    return isinstance(module, _NormedConv2d) or type(module) in (nn.Conv2d, *_timm_layers("Conv2dSame"))
 
 
 def _is_stored_norm(module: nn.Module) -> bool:
-    known = type(module) in (nn.BatchNorm2d, _AppliedNorm2d, *_timm_layers("BatchNormAct2d"))
-    return known and module.weight is not None and module.running_mean is not None
+    if not isinstance(module, _AppliedNorm2d) and type(module) not in (nn.BatchNorm2d, *_timm_layers("BatchNormAct2d")):
+        return False
+    return module.weight is not None and module.running_mean is not None
 
 
 def _timm_layers(name: str) -> list[type]:
@@ -103,16 +136,17 @@ def _timm_layers(name: str) -> list[type]:
 def join(network: nn.Module, pairs: Iterable[Pair]) -> None:
     """Let convolutions apply the norms behind them, with the weights of the moment, while these use stored statistics.
 
-    Names, parameters and gradients stay as they are. A norm must not be replaced by another module afterwards. Norms
-    with an activation of their own, some of timm's, are left alone.
+    Names, parameters and gradients stay as they are. A norm must not be replaced by another module afterwards.
 
     Args:
         network: Changed in place; joined ones may be joined again.
         pairs: Of `find_pairs`.
     """
     for convolution, norm in _modules(network, pairs):
-        if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
-            convolution.__class__, norm.__class__ = _NormedConv2d, _AppliedNorm2d
+        if not isinstance(convolution, _NormedConv2d):
+            for module in (convolution, norm):
+                kind: Any = type(module)
+                module.__class__ = _joined(kind)
             convolution.__dict__["norm"] = (norm,)
 
 
@@ -128,10 +162,9 @@ def fold(network: nn.Module, pairs: Iterable[Pair]) -> None:
         weight, bias = _folded(convolution, norm)
         if isinstance(convolution, _NormedConv2d):
             del convolution.norm
-            convolution.__class__ = nn.Conv2d  # type: ignore[assignment]
+            convolution.__class__ = type(convolution).__bases__[-1]
         convolution.weight, convolution.bias = nn.Parameter(weight), nn.Parameter(bias)
-        # What timm's norms do besides.
-        rest = [getattr(norm, part) for part in ("drop", "act") if hasattr(norm, part)]
+        rest = _besides(norm)
         network.set_submodule(name, nn.Sequential(*rest) if rest else nn.Identity())
 
 

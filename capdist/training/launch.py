@@ -71,7 +71,7 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
     # What is said to the user is said once.
     logging.getLogger("capdist").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, _processors() // local_processes))
+    torch.set_num_threads(threads or max(1, available_processors() // local_processes))
     # Attention weights and Adam's second moments decay into denormals, on which processors are ten times slower.
     torch.set_flush_denormal(True)
     if accelerator.device.type == "cpu":
@@ -120,7 +120,7 @@ def _lock(folder: Path, stack: ExitStack) -> None:
     stack.enter_context(lock)
 
 
-def _processors() -> int:
+def available_processors() -> int:
     """Return the processors this process may use, which in a container are fewer than the machine has."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

@@ -122,7 +122,14 @@ def test_only_what_is_certain_is_folded_and_all_stay_right(case: str) -> None:
 
 @pytest.mark.parametrize("batch_norm", ["frozen", "train"])
 @pytest.mark.parametrize(
-    ("name", "trainable_from"), [("resnet18", "layer4"), ("resnet18", "all"), ("timm/resnet10t", "layer3")]
+    ("name", "trainable_from"),
+    [
+        ("resnet18", "layer4"),
+        ("resnet18", "all"),
+        ("timm/resnet10t", "layer3"),
+        ("timm/tf_mobilenetv3_small_minimal_100", "blocks.3"),
+    ]
+    + [("timm/tf_efficientnet_lite0", "blocks.5")],
 )
 def test_gradients_are_those_of_the_two_apart(name: str, trainable_from: str, batch_norm: Any) -> None:
     backbone = make_backbone(name)
@@ -134,10 +141,12 @@ def test_gradients_are_those_of_the_two_apart(name: str, trainable_from: str, ba
     weights = torch.randn(features.shape, dtype=torch.float64)
     for output in (features, expected):
         (output * weights).sum().backward()
+    largest = max(float(theirs.grad.abs().max()) for theirs in apart.parameters() if theirs.grad is not None)
     for (key, ours), theirs in zip(encoder.network.named_parameters(), apart.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None) == (not ours.requires_grad), key
-        if ours.grad is not None:
-            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-9 * float(theirs.grad.abs().max()))
+        if ours.grad is not None:  # that of a shift which batch statistics take out again is only rounding
+            atol = max(1e-9 * float(theirs.grad.abs().max()), 1e-13 * largest)
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=atol)
     for key, buffer in apart.named_buffers():
         torch.testing.assert_close(encoder.network.get_buffer(key), buffer, **EXACT)
 
