@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -170,7 +171,18 @@ def _loader_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
     }
     if num_workers:
         options["prefetch_factor"] = 4
+        options["worker_init_fn"] = _leave_signals_to_main
     return options
+
+
+def _leave_signals_to_main(worker: int) -> None:
+    """Let a worker live on when a terminal or a scheduler signals all processes of a job at once.
+
+    The main process still needs its batches, for the step after which it saves a checkpoint. A second SIGTERM ends the
+    worker: with one torch, and at last `multiprocessing`, get rid of those that do not end by themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 def _good(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import REPOSITORY, SMALL, check_finished, run
+from tests.processes import REPOSITORY, SMALL, TRAIN, check_finished, run
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +85,41 @@ def test_a_signal_saves_a_checkpoint(long_run: Run, number: signal.Signals, code
     assert "Traceback" not in error
     checkpoint = long_run.folder / "checkpoints" / f"step_{int(step[1]):08d}"
     assert (checkpoint / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_loader_processes_outlive_a_signal_to_all(
+    photos: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """As terminals and schedulers send it: to every process of the job, not only to the one that knows what to do."""
+    arguments = [*SMALL, f"data.path={photos}", f"run.output_dir={tmp_path}", "run.name=long", "training.log_every=1"]
+    arguments += ["training.epochs=100000", "evaluation.every_epochs=1000", "checkpoint.every_steps=1000000"]
+    command = [sys.executable, str(TRAIN), "--config", "configs/scenes.yaml", *arguments, "data.num_workers=2"]
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        start_new_session=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    ) as process:
+        log = tmp_path / "long" / "log.jsonl"
+        end = time.monotonic() + 120
+        while not (log.exists() and "loss" in log.read_text()) and time.monotonic() < end:
+            time.sleep(0.2)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 2
+        os.killpg(process.pid, number)
+        try:
+            _, error = process.communicate(timeout=90)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == code, error[-3000:]
+    assert "checkpoint saved" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive, "loader processes are still there"
 
 
 def test_the_death_of_a_process_is_told(long_run: Run) -> None:
