@@ -66,7 +66,6 @@ def test_overrides_hold_in_all_stages(tmp_path: Path) -> None:
 
 def test_the_frozen_recipe_of_flickr8k_is_the_first_stage_of_the_whole() -> None:
     alike = ["data.path=photos", "run.name=run", "encoder.projection=512", "decoder.gate=true", "decoder.dropout=0.5"]
-    alike += ["training.weight_decay=0.01"]
     first = load_stages("configs/flickr8k.yaml", alike)[0].to_dict()
     frozen = load_recipe("configs/flickr8k_frozen.yaml", alike).to_dict()
     assert first["run"].pop("name") == "run-words"
