@@ -35,6 +35,10 @@ Consensus = Annotated[
     float | None,
     typer.Option(min=0, help="say what agrees with the other beams: temperature, 0 = no; default: as validated"),
 ]
+NoRepeat = Annotated[
+    int | None,
+    typer.Option("--no-repeat-ngram", min=0, help="never the same n words twice, 0 = may be; default: as validated"),
+]
 ImageSize = Annotated[
     int | None,
     typer.Option(min=32, max=2048, help="squash photos to so many pixels; default: as the model says"),
@@ -82,6 +86,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, validation (dev), dev-choose, dev-report or test")] = "test",
     beam_size: BeamSize = None,
     consensus: Consensus = None,
+    no_repeat_ngram: NoRepeat = None,
     image_size: ImageSize = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first N images of the split")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images captioned at once")] = 64,
@@ -99,6 +104,7 @@ def evaluate(
         split=split,
         beam_size=beam_size,
         consensus=consensus,
+        no_repeat_ngram=no_repeat_ngram,
         image_size=image_size,
         limit=limit,
         batch_size=batch_size,
@@ -116,6 +122,7 @@ def caption(
     others: Others = None,
     beam_size: BeamSize = None,
     consensus: Consensus = None,
+    no_repeat_ngram: NoRepeat = None,
     image_size: ImageSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
     attention: Annotated[Path | None, typer.Option(metavar="FOLDER", help="save what each word looked at")] = None,
@@ -128,7 +135,8 @@ def caption(
     captioner = Captioner.from_pretrained([model, *(others or ())], image_size=image_size)
     if attention is not None:
         attention.mkdir(parents=True, exist_ok=True)
-    search = {"beam_size": beam_size, "consensus": consensus, "return_attention": attention is not None}
+    search = {"beam_size": beam_size, "consensus": consensus, "no_repeat_ngram": no_repeat_ngram}
+    search["return_attention"] = attention is not None
     unread: list[str] = []
     for start in range(0, len(photos), PHOTOS_AT_ONCE):
         for photo, result in _caption_readable(captioner, photos[start : start + PHOTOS_AT_ONCE], search, unread):

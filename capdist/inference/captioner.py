@@ -107,7 +107,9 @@ class Captioner:
             members = [replace(m, preprocessing=replace(m.preprocessing, image_size=image_size)) for m in members]
         return cls(members, device, [str(folder) for folder in folders])
 
-    def options(self, beam_size: int | None = None, consensus: float | None = None) -> SearchOptions:
+    def options(
+        self, beam_size: int | None = None, consensus: float | None = None, no_repeat_ngram: int | None = None
+    ) -> SearchOptions:
         """Return the model's own search settings, with some replaced; `consensus` 0 is none.
 
         With fewer than three beams, which have nothing to agree on, the model's own consensus is left out.
@@ -115,7 +117,7 @@ class Captioner:
         Raises:
             UsageError: as `SearchOptions`, or if consensus of so few beams is asked for.
         """
-        asked = {"beam_size": beam_size, "consensus": consensus}
+        asked = {"beam_size": beam_size, "consensus": consensus, "no_repeat_ngram": no_repeat_ngram}
         values = {**self.trained.search, **{key: value for key, value in asked.items() if value is not None}}
         values["consensus"] = values.get("consensus") or None
         options = search_options(values, self.trained.vocabulary, self.trained.max_length)
@@ -131,6 +133,7 @@ class Captioner:
         *,
         beam_size: int | None = None,
         consensus: float | None = None,
+        no_repeat_ngram: int | None = None,
         batch_size: int = 32,
         return_attention: bool = False,
     ) -> list[Caption]:
@@ -140,6 +143,7 @@ class Captioner:
             images: One photo or a sequence: paths, PIL images, or arrays or tensors, uint8, (height, width, 3).
             beam_size: Beams; None = as the model was validated.
             consensus: Its temperature, see `SearchOptions`; 0 = none, None = as the model was validated.
+            no_repeat_ngram: No caption says so many words in a row twice; 0 = it may, None = as the model was validated.
             batch_size: Photos at once.
             return_attention: Also return what each word looked at.
 
@@ -152,7 +156,7 @@ class Captioner:
         """
         single = isinstance(images, str | Path | Image.Image | Tensor) or hasattr(images, "__array_interface__")
         photos = [images] if single else list(images)
-        options = self.options(beam_size, consensus=consensus)
+        options = self.options(beam_size, consensus, no_repeat_ngram)
         captions: list[Caption] = []
         for start in range(0, len(photos), batch_size):
             captions += self._caption_batch(photos[start : start + batch_size], options, return_attention)

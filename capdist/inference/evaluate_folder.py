@@ -34,6 +34,7 @@ def evaluate_folder(
     split: str,
     beam_size: int | None = None,
     consensus: float | None = None,
+    no_repeat_ngram: int | None = None,
     image_size: int | None = None,
     limit: int | None = None,
     batch_size: int = 64,
@@ -51,6 +52,7 @@ def evaluate_folder(
         split: `train`, `validation` (or `dev`), a half of it (`dev-choose`, `dev-report`) or `test`.
         beam_size: Beams; None = as the model was validated.
         consensus: Its temperature; 0 = none, None = as the model was validated.
+        no_repeat_ngram: No caption says so many words in a row twice; 0 = it may, None = as the model was validated.
         image_size: Pixels a side to which photos are squashed; None = as the model says.
         limit: First so many images.
         batch_size: Images captioned at once by one process.
@@ -82,7 +84,7 @@ def evaluate_folder(
     accelerator = build_accelerator()
     captioner = Captioner.from_pretrained([model, *others], accelerator.device, image_size)
     rows = _read_split(data, split)
-    trained, options = captioner.trained, captioner.options(beam_size, consensus=consensus)
+    trained, options = captioner.trained, captioner.options(beam_size, consensus, no_repeat_ngram)
     if rows.name == REPORT and any(member.chosen_on == "validation" for member in captioner.members):
         names = " + ".join([model, *others])
         logger.warning(f"{names}: was chosen on the whole validation split: dev-report tells no more than dev")

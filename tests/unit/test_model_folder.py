@@ -335,8 +335,8 @@ def test_config_with_a_damaged_key_is_refused(folder: Path, key: str, value: Any
     _refused(folder, "config.json")
 
 
-def test_consensus_travels_with_the_model_and_can_be_overruled(folder: Path) -> None:
-    """Folders of older versions, as this one, do not have the key."""
+def test_the_search_travels_with_the_model_and_can_be_overruled(folder: Path) -> None:
+    """Folders of older versions, as this one, do not have `consensus`."""
     captioner = Captioner.from_pretrained(folder, "cpu")
     assert captioner.options().consensus is None
     assert captioner.options(beam_size=10, consensus=3.0).consensus == 3.0
@@ -348,6 +348,9 @@ def test_consensus_travels_with_the_model_and_can_be_overruled(folder: Path) -> 
     assert "consensus" in EvaluationSection().model_dump(include=set(SEARCH_KEYS))
     assert captioner.options(consensus=0).consensus is None
     assert captioner.options(beam_size=2).consensus is None
+    _edit_config(folder, lambda config: config["search"].update(no_repeat_ngram=2))
+    captioner = Captioner.from_pretrained(folder, "cpu")
+    assert [captioner.options(no_repeat_ngram=n).no_repeat_ngram for n in (None, 0, 3)] == [2, 0, 3]
     with pytest.raises(UsageError, match=r"^consensus: 4 does nothing with fewer than three beams"):
         captioner.options(beam_size=2, consensus=4)
 
