@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,9 @@ os.environ |= {
     "OMP_WAIT_POLICY": "passive",  # processes that share two cores must not spin
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts `pytest &`; the processes of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 

@@ -143,7 +143,7 @@ class Captioner:
             images: One photo or a sequence: paths, PIL images, or arrays or tensors, uint8, (height, width, 3).
             beam_size: Beams; None = as the model was validated.
             consensus: Its temperature, see `SearchOptions`; 0 = none, None = as the model was validated.
-            no_repeat_ngram: No caption says so many words in a row twice; 0 = it may, None = as the model was validated.
+            no_repeat_ngram: So many words in a row never come twice; 0 = they may, None = as the model was validated.
             batch_size: Photos at once.
             return_attention: Also return what each word looked at.
 

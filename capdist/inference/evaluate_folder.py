@@ -52,7 +52,7 @@ def evaluate_folder(
         split: `train`, `validation` (or `dev`), a half of it (`dev-choose`, `dev-report`) or `test`.
         beam_size: Beams; None = as the model was validated.
         consensus: Its temperature; 0 = none, None = as the model was validated.
-        no_repeat_ngram: No caption says so many words in a row twice; 0 = it may, None = as the model was validated.
+        no_repeat_ngram: So many words in a row never come twice; 0 = they may, None = as the model was validated.
         image_size: Pixels a side to which photos are squashed; None = as the model says.
         limit: First so many images.
         batch_size: Images captioned at once by one process.
