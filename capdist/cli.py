@@ -37,7 +37,7 @@ Consensus = Annotated[
 ]
 NoRepeat = Annotated[
     int | None,
-    typer.Option("--no-repeat-ngram", min=0, help="never the same n words twice, 0 = may be; default: as validated"),
+    typer.Option("--no-repeat-ngram", min=0, help="no n words in a row twice; 0 = off; default: as validated"),
 ]
 ImageSize = Annotated[
     int | None,

@@ -229,7 +229,7 @@ class EvaluationSection(Section):
     length_penalty: LengthPenalty = 0.0
     """Exponent of the length by which a caption's log-probability is divided."""
     no_repeat_ngram: NotNegative = 0
-    """No caption says the same n words twice; 0 = off."""
+    """No caption says the same n words in a row twice; 0 = off."""
     consensus: Consensus | None = None
     """Say the candidate that agrees most with all candidates, each trusted by its probability ** (1 / consensus);
     null = the most probable one. Wants more beams: 10."""
