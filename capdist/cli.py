@@ -135,8 +135,12 @@ def caption(
     captioner = Captioner.from_pretrained([model, *(others or ())], image_size=image_size)
     if attention is not None:
         attention.mkdir(parents=True, exist_ok=True)
-    search = {"beam_size": beam_size, "consensus": consensus, "no_repeat_ngram": no_repeat_ngram}
-    search["return_attention"] = attention is not None
+    search = {
+        "beam_size": beam_size,
+        "consensus": consensus,
+        "no_repeat_ngram": no_repeat_ngram,
+        "return_attention": attention is not None,
+    }
     unread: list[str] = []
     for start in range(0, len(photos), PHOTOS_AT_ONCE):
         for photo, result in _caption_readable(captioner, photos[start : start + PHOTOS_AT_ONCE], search, unread):

@@ -102,10 +102,16 @@ def check_networks(recipes: Sequence[Recipe]) -> None:
     """Build the networks of recipes, without their weights.
 
     Raises:
-        UsageError: as `build_model`.
+        UsageError: as `build_model`, the mistakes of all recipes, each with the name of its run.
     """
+    mistakes = []
     for recipe in recipes:
-        build_model(recipe.encoder, recipe.decoder, vocab_size=len(Vocabulary(())), pad_id=0, load_weights=False)
+        try:
+            build_model(recipe.encoder, recipe.decoder, vocab_size=len(Vocabulary(())), pad_id=0, load_weights=False)
+        except UsageError as error:
+            mistakes += [f"run {recipe.run.name}: {mistake}" for mistake in error.mistakes]
+    if mistakes:
+        raise UsageError(*mistakes)
 
 
 def identify(recipe: Recipe, data: PreparedData, model: CaptionModel, accelerator: Accelerator) -> Identity:

@@ -133,11 +133,17 @@ def test_caption_command(trained: Path, photos: Path, tmp_path: Path) -> None:
     assert all(row["caption"] and row["log_probability"] < 0 for row in rows)
     assert {path.name for path in tmp_path.iterdir()} == {"test_0000_attention.png", "test_0001_attention.png"}
     assert Image.open(tmp_path / "test_0000_attention.png").width > 200
-    result = run([*command[:-2], "--no-repeat-ngram", "1"])
+
+
+def test_caption_command_says_no_word_twice_where_asked(trained: Path, photos: Path) -> None:
+    ten = sorted(map(str, photos.glob("test_*.png")))
+    free = [caption.words for caption in Captioner.from_pretrained(trained / "model").caption(ten)]
+    assert any(len(set(words)) < len(words) for words in free), "nothing to forbid"
+    result = run(["-m", "capdist.cli", "caption", str(trained / "model"), *ten, "--json", "--no-repeat-ngram", "1"])
     check_finished(result)
-    blocked = [json.loads(line)["caption"].split() for line in result.stdout.splitlines()]
-    assert all(len(set(words)) == len(words) for words in blocked), "a word is said twice"
-    assert any(len(set(words)) < len(words) for words in (row["caption"].split() for row in rows)), "nothing to block"
+    said = [json.loads(line)["caption"].split() for line in result.stdout.splitlines()]
+    assert len(said) == 10
+    assert all(words and len(set(words)) == len(words) for words in said)
 
 
 def test_python_interface_takes_every_kind_of_image(trained: Path, photos: Path) -> None:

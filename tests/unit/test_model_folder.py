@@ -364,7 +364,11 @@ def test_a_half_on_which_a_model_was_chosen_is_told(
     def warnings(chosen_on: str) -> list[str]:
         _edit_config(folder, lambda config: config["metrics"].update(chosen_on=chosen_on))
         caplog.clear()
-        evaluate_folder(str(folder), source="folder", path=photos, split="dev-report")
+        result = evaluate_folder(str(folder), source="folder", path=photos, split="dev-report", no_repeat_ngram=1)
+        assert result["settings"]["search"]["no_repeat_ngram"] == 1
+        said = [row["caption"].rstrip(".").lower().split() for row in result["captions"]]
+        assert said
+        assert all(len(set(words)) == len(words) for words in said)
         return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
     assert any("was chosen on the whole validation split" in warning for warning in warnings("validation"))

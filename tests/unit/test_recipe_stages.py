@@ -8,6 +8,7 @@ import pytest
 
 from capdist.errors import UsageError
 from capdist.recipe_file import load_recipe, load_stages, save_recipe
+from capdist.training.setup import check_networks
 
 RECIPE = """
 run:
@@ -210,3 +211,13 @@ def test_stages_are_named(tmp_path: Path, stages: str) -> None:
 def test_a_stage_is_a_name_and_sections(tmp_path: Path, stage: str) -> None:
     (mistake,) = _mistakes(tmp_path, f"stages:\n  {stage}\n")
     assert mistake.startswith(f"{tmp_path}/recipe.yaml:2: stages.")
+
+
+def test_a_block_that_the_encoder_has_not_is_told_with_the_run_that_wants_it() -> None:
+    overrides = ["data.path=photos", "encoder.name=resnet18", "stages.look.encoder.trainable_from=blocks.4"]
+    with pytest.raises(UsageError, match=r"^run flickr8k-look: encoder\.trainable_from: .*'blocks\.4'[^\n]*$"):
+        check_networks(load_stages("configs/flickr8k.yaml", overrides))
+    with pytest.raises(UsageError, match=r"^run flickr8k-look: [^\n]*\nrun flickr8k: [^\n]*$"):
+        check_networks(
+            load_stages("configs/flickr8k.yaml", [*overrides, "stages.reward.encoder.trainable_from=blocks.5"])
+        )
