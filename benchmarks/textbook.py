@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 if TYPE_CHECKING:
     from capdist.decoding import SearchOptions
-    from capdist.models.decoder import SoftAttentionDecoder
+    from capdist.models.lstm import SoftAttentionDecoder
 
 GRID = 14
 

@@ -127,6 +127,7 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
         refuse_to_overwrite,
         show_start,
     )
+    from capdist.training.source import feature_sources
     from capdist.training.stopping import StopSignals
     from capdist.training.tracking import Tracking
 
@@ -147,18 +148,17 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
         show_start(accelerator, recipe, data, model)
 
         # A frozen encoder sees each photo once, not once an epoch.
-        features = {}
+        stores = {}
         if recipe.caches_features:
             for encoded in encode_splits(accelerator, model, preprocessing, data.splits, recipe):
                 encoded.store.hold(accelerator.device)
-                features[encoded.split] = encoded.store
+                stores[encoded.split] = encoded.store
+        sources = feature_sources(data.splits, stores, preprocessing, accelerator, recipe.data.num_workers)
 
         model, optimizer = accelerator.prepare(model, optimizer)
         options = search_options(recipe.evaluation.model_dump(), data.vocabulary, recipe.text.max_length)
-        evaluator = Evaluator(
-            accelerator, data.vocabulary, preprocessing, options, recipe.evaluation.batch_size, recipe.data.num_workers
-        )
-        loop = Loop(accelerator, recipe, data, model, optimizer, preprocessing, features, evaluator, identity)
+        evaluator = Evaluator(accelerator, data.vocabulary, options, recipe.evaluation.batch_size)
+        loop = Loop(accelerator, recipe, data, model, optimizer, preprocessing, sources, evaluator, identity)
         loop.warm_up()
         if checkpoint is not None:
             loop.restore(checkpoint)
@@ -170,7 +170,7 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
         try:
             with StopSignals() as signals:
                 state = loop.run(tracking, signals)
-            scored, metrics = final_report(recipe, data, evaluator, features)
+            scored, metrics = final_report(recipe, data, evaluator, sources)
             tracking.log({"split": scored, "final": True, **metrics}, state.step, group="final")
         finally:
             tracking.close()

@@ -17,7 +17,9 @@ from capdist.benchmark.workload import Workload, made_up_captions, made_up_featu
 from capdist.data.batches import CaptionBatch, CaptionDataset
 from capdist.data.features import FeatureStore
 from capdist.data.loaders import Plan, training_batches
+from capdist.training.objectives import CrossEntropy
 from capdist.training.optimization import build_optimizer
+from capdist.training.source import StoredFeatures
 from capdist.training.step import TrainStep
 
 TEXTBOOK_BATCH = 32
@@ -43,7 +45,8 @@ class Training:
         optimizer = build_optimizer(work.model, recipe.training)
         model, optimizer = accelerator.prepare(work.model, optimizer)
         model.train()
-        self.step = TrainStep(accelerator, model, optimizer, recipe, work.preprocessing, store)
+        source = StoredFeatures(store, accelerator.device)
+        self.step = TrainStep(accelerator, model, optimizer, recipe, source, CrossEntropy(recipe))
         captions = made_up_captions(num_images, recipe.text.max_length)
         self.plan = Plan.build(
             captions,
@@ -115,7 +118,9 @@ def _textbook_step(work: Workload) -> Callable[[], object]:
     def step() -> None:
         batch = next(batches)
         with work.accelerator.autocast():
-            plain.train_step(network, optimizer, features, batch.input_ids, batch.labels, batch.attention_mask.sum(1))
+            plain.train_step(
+                network, optimizer, features, batch.input_ids, batch.labels, torch.tensor(batch.lengths, device=device)
+            )
 
     return step
 

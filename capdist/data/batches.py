@@ -68,7 +68,6 @@ class CaptionBatch:
         images: uint8 (B, 3, S, S), or None when features are cached.
         input_ids: (B·R, T), `<bos> a dog`, padded.
         labels: (B·R, T), `a dog <eos>`, `IGNORED_LABEL` where there is no word.
-        attention_mask: (B·R, T), 1 where a token is real.
         lengths: (B·R,) labels of each row, for the host: asking the device would make it wait.
         num_tokens: Labels that count.
         num_captions: Captions that count.
@@ -81,7 +80,6 @@ class CaptionBatch:
     images: Tensor | None
     input_ids: Tensor
     labels: Tensor
-    attention_mask: Tensor
     lengths: tuple[int, ...]
     num_tokens: int
     num_captions: int
@@ -250,7 +248,6 @@ def caption_rows(labels: Tensor) -> dict[str, Any]:
     return {
         "input_ids": read.masked_fill(~real, Vocabulary.pad_id),
         "labels": labels,
-        "attention_mask": real.long(),
         "lengths": lengths,
         "num_tokens": sum(lengths),
         "num_captions": sum(length > 0 for length in lengths),

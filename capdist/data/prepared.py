@@ -62,14 +62,12 @@ class PreparedData:
         splits: By name; a source may lack `validation` or `test`.
         vocabulary: Counted on the training split only.
         captions: Of the training split.
-        words: Of each training caption by image, for stages that score captions; otherwise none are kept.
         notes: Oddities of the source, counted, in plain words.
     """
 
     splits: Mapping[str, Split]
     vocabulary: Vocabulary
     captions: CaptionTable
-    words: Sequence[Sequence[Sequence[str]]]
     notes: tuple[str, ...]
 
     @property
@@ -143,8 +141,7 @@ def prepare(recipe: Recipe) -> PreparedData:
     words = tokenize_images(splits["train"].references)
     vocabulary = Vocabulary.count((caption for captions in words for caption in captions), text.min_frequency)
     captions = CaptionTable.build(words, vocabulary, text.max_length)
-    kept = words if recipe.training.stage == "scst" else []
-    return PreparedData(splits, vocabulary, captions, kept, (*loaded.notes, *_caption_notes(captions, text)))
+    return PreparedData(splits, vocabulary, captions, (*loaded.notes, *_caption_notes(captions, text)))
 
 
 def _caption_notes(captions: CaptionTable, text: TextSection) -> list[str]:

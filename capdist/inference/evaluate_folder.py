@@ -22,6 +22,7 @@ from capdist.metrics import TOKENISER
 from capdist.recipe_file import recipe_from_dict
 from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
 from capdist.training.launch import build_accelerator, on_main
+from capdist.training.source import EncodedPhotos
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +89,9 @@ def evaluate_folder(
     if rows.name == REPORT and any(member.chosen_on == "validation" for member in captioner.members):
         names = " + ".join([model, *others])
         logger.warning(f"{names}: was chosen on the whole validation split: dev-report tells no more than dev")
-    evaluator = Evaluator(accelerator, trained.vocabulary, trained.preprocessing, options, batch_size, num_workers)
-    evaluation = evaluator.evaluate(captioner.model, rows, metrics=(*FAST_METRICS, "meteor"))
+    source_of_rows = EncodedPhotos(rows.photos, trained.preprocessing, accelerator, num_workers)
+    evaluator = Evaluator(accelerator, trained.vocabulary, options, batch_size)
+    evaluation = evaluator.evaluate(captioner.model, rows, source_of_rows, (*FAST_METRICS, "meteor"))
     result = _result(captioner, data, rows, options, evaluation)
 
     def tell() -> None:

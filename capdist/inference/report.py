@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from capdist.config import Recipe
-from capdist.data.features import FeatureStore
 from capdist.data.images import open_photo
 from capdist.data.prepared import PreparedData, Split
 from capdist.inference.pictures import save_samples
@@ -17,6 +16,7 @@ from capdist.metrics.scorer import CaptionScorer
 from capdist.model_folder import load_pretrained, update_metrics
 from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
 from capdist.training.launch import on_main
+from capdist.training.source import FeatureSource
 
 NUM_SAMPLES = 8
 
@@ -25,7 +25,7 @@ def final_report(
     recipe: Recipe,
     data: PreparedData,
     evaluator: Evaluator,
-    features: Mapping[str, FeatureStore],
+    sources: Mapping[str, FeatureSource],
 ) -> tuple[str, dict[str, Any]]:
     """Score the run's best model on the split that nothing was chosen on, or on validation, and show it.
 
@@ -39,7 +39,7 @@ def final_report(
     accelerator = evaluator.accelerator
     trained = load_pretrained(folder)
     evaluation = evaluator.evaluate(
-        trained.model.to(accelerator.device), split, features.get(split.name), (*FAST_METRICS, "meteor")
+        trained.model.to(accelerator.device), split, sources[split.name], (*FAST_METRICS, "meteor")
     )
 
     def show() -> None:

@@ -1,77 +1,88 @@
-"""The whole network: encoder, projection, decoder, and the loss of a batch.
+"""The whole network: encoder, projection and decoder, from photos to logits.
 
-Shapes: B images, R captions an image, T words, N cells, C channels, V vocabulary.
+Shapes: B images, R captions an image, T words, W words that are read, N cells, C channels, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capdist.config import DecoderSection, EncoderSection
-from capdist.models.decoder import DecoderState, SoftAttentionDecoder
+from capdist.models import DECODERS
+from capdist.models.decoder import Decoder
 from capdist.models.encoder import Encoder, build_backbone
-from capdist.models.packing import Packing
-from capdist.text.vocabulary import IGNORED_LABEL
+
+Rewrite = Callable[[Decoder[Any], Tensor, Tensor, Sequence[int]], Tensor]
+"""Takes decoder, features (B, N, C), input ids (B·R, T) and their lengths; returns the ids to read instead."""
 
 
-class CaptionLoss(NamedTuple):
-    """Sums over the words of a batch; whoever knows the words of the whole global step divides.
+class Output(NamedTuple):
+    """What the network makes of a batch; an objective makes a loss of it.
 
     Attributes:
-        cross_entropy: Negative log-likelihood of the labels, smoothed if asked.
-        doubly_stochastic: Sum over captions and cells of (1 - attention a cell got)², Xu et al., equation 14.
-        word_presence: Sum over images and words of the negative log-likelihood of whether the captions of the image
-            have the word; 0 without a word head.
+        logits: (W, V) of the next word, at least float32, one row for each word that was read.
+        words: (W,) where in the captions (B·R, T), flattened, each of these words lies.
+        attention: (B·R, N) attention that each cell got, summed over the words of a caption; None if the decoder does
+            not tell.
+        word_presence: (B, V) logits of whether the captions of an image have a word, or None without a word head.
+        cell_copies: How many cells of the published grid each of the N cells counts for, see `Encoder.repeats`.
     """
 
-    cross_entropy: Tensor
-    doubly_stochastic: Tensor
-    word_presence: Tensor
+    logits: Tensor
+    words: Tensor
+    attention: Tensor | None
+    word_presence: Tensor | None
+    cell_copies: int
 
 
 class CaptionModel(nn.Module):
-    """Photo in, caption out.
+    """Photo in, words out.
 
-    It is also what `capdist.decoding` searches with: `init_state`, `step`, `reorder`, `select`.
+    `capdist.decoding` searches with it, too: `init_state`, `step`, `reorder`, `select`.
 
     Args:
-        encoder: Photos to features.
-        decoder: Features to words; its feature size is that of the projection if there is one.
+        encoder: Makes features of photos.
+        decoder: Makes words of features; its feature size is that of the projection if there is one.
         projection: Width of a 1x1 convolution over the features, or None.
 
     Attributes:
-        word_head: Of training only, see `add_word_head`.
+        word_head: A layer that only training uses, see `add_word_head`.
     """
 
-    def __init__(self, encoder: Encoder, decoder: SoftAttentionDecoder, projection: int | None) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder[Any], projection: int | None) -> None:
         super().__init__()
         self.encoder = encoder
         # On cells a 1x1 convolution is a linear layer.
         self.projection = nn.Linear(encoder.channels, projection) if projection else nn.Identity()
         self.decoder = decoder
         self.word_head: nn.Linear | None = None
+        self._word_head_dropout = 0.0
 
-    def add_word_head(self) -> None:
-        """Add a layer that tells from the mean of the features which words the captions of an image have.
+    def add_word_head(self, dropout: float) -> None:
+        """Add a layer that predicts, from the mean of the features, which words the captions of an image have.
 
-        Learning that, too, features come to hold what captions speak of: the attributes of Wu et al., What Value Do
-        Explicit High Level Concepts Have in Vision to Language Problems? (2016), learned along instead of before.
+        This auxiliary task makes features hold what captions speak of: the attributes of Wu et al., What Value Do
+        Explicit High Level Concepts Have in Vision to Language Problems? (2016), learned jointly instead of before.
+
+        Args:
+            dropout: Share of the mean feature that is dropped in training.
         """
         width = self.encoder.channels if isinstance(self.projection, nn.Identity) else self.projection.out_features
-        self.word_head = nn.Linear(width, self.decoder.embedding.num_embeddings)
-        # Of the words of a vocabulary few are said of an image: begin with one in a hundred.
+        self.word_head = nn.Linear(width, self.decoder.head.out_features)
+        self._word_head_dropout = dropout
+        # Few words of a vocabulary are said of an image: begin with one in a hundred.
         nn.init.constant_(self.word_head.bias, math.log(0.01 / 0.99))
 
     @contextmanager
     def without_word_head(self) -> Iterator[None]:
-        """Leave out for a while what is not needed for captions."""
+        """Leave out, within the context, what captioning does not need."""
         head, self.word_head = self.word_head, None
         try:
             yield
@@ -81,103 +92,67 @@ class CaptionModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        labels: Tensor,
+        lengths: Sequence[int],
         *,
         pixel_values: Tensor | None = None,
         features: Tensor | None = None,
-        lengths: Sequence[int] | None = None,
-        weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        own_words: float = 0.0,
-    ) -> CaptionLoss:
-        """Return the loss of an image-major batch.
+        rewrite: Rewrite | None = None,
+    ) -> Output:
+        """Read an image-major batch (teacher forcing).
 
         Args:
-            input_ids: (B·R, T), `<bos> a dog`, the captions of an image side by side.
-            labels: (B·R, T), `a dog <eos>`, then `IGNORED_LABEL`.
+            input_ids: (B·R, T), `<bos> a dog`; the captions of an image are neighbours.
+            lengths: Words to read of each row, on the host.
             pixel_values: (B, 3, height, width), normalised; or
             features: (B, N, C) that `encode` made earlier.
-            lengths: Labels of each row, if they are known already: finding out makes the host wait for the device.
-            weights: (B·R,) by which the cross-entropy of each row is multiplied; None = 1.
-            label_smoothing: Share of probability spread over all words.
-            own_words: Share of the words read that are what the model itself would have said there.
+            rewrite: Replaces the words that are read, given the features; scheduled sampling does.
         """
         if features is None:
             assert pixel_values is not None
             features = self.encode(pixel_values)
-        if lengths is None:
-            lengths = (labels != IGNORED_LABEL).sum(dim=1).tolist()
-        packing = Packing.of(torch.tensor(lengths), labels.shape[1], labels.device)
         projected = self.projection(features)
-        if own_words:
-            input_ids = self._mix_in(projected, input_ids, packing, own_words)
-            # In older versions of torch a cast that autocast keeps of this pass has no gradient in the next one
-            # (pytorch issue 112583).
-            torch.clear_autocast_cache()
-        hidden, looked = self.decoder(projected, input_ids, packing)
-        # The head sees all words of the batch in one product, and no padding.
-        logits = self.decoder.head(hidden)
-        # The sum over words needs float32 even where the step is computed in less.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        of_words = F.cross_entropy(logits, packing.pick(labels), label_smoothing=label_smoothing, reduction="none")
-        if weights is not None:
-            of_words = of_words * packing.pick(weights[:, None].expand_as(labels))
-        repeats = self.encoder.repeats(features.shape[1])
-        penalty = repeats * ((1 - looked / repeats) ** 2).sum(dim=-1)
-        return CaptionLoss(
-            of_words.sum(), (penalty * (labels[:, 0] != IGNORED_LABEL)).sum(), self._word_presence(projected, labels)
+        if rewrite is not None:
+            input_ids = rewrite(self.decoder, projected, input_ids, lengths)
+        reading = self.decoder.read(projected, input_ids, lengths)
+        return Output(
+            _at_least_float32(reading.logits),
+            reading.words,
+            reading.attention,
+            self._word_presence(projected),
+            self.encoder.repeats(features.shape[1]),
         )
 
-    def _word_presence(self, projected: Tensor, labels: Tensor) -> Tensor:
+    def _word_presence(self, projected: Tensor) -> Tensor | None:
         if self.word_head is None:
-            return labels.new_zeros((), dtype=torch.float32)
-        logits = self.word_head(self.decoder.dropout(projected.mean(dim=1)))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        words = labels.view(len(projected), -1)
-        has_captions = (words != IGNORED_LABEL).any(dim=1)
-        # What is no word goes to a column of its own, which is dropped.
-        said = logits.new_zeros(len(words), logits.shape[1] + 1)
-        said.scatter_(1, words.where(words != IGNORED_LABEL, logits.shape[1]), 1.0)
-        of_images = F.binary_cross_entropy_with_logits(logits, said[:, :-1], reduction="none").sum(dim=1)
-        return (of_images * has_captions).sum()
-
-    @torch.no_grad()
-    def _mix_in(self, projected: Tensor, input_ids: Tensor, packing: Packing, share: float) -> Tensor:
-        """Return captions in which words of people have been replaced by samples of the model.
-
-        Scheduled sampling (Bengio et al. 2015) in two passes (Duckworth et al. 2019): what is drawn follows the words
-        of people, so that all words are drawn at once.
-        """
-        hidden, _ = self.decoder(projected, input_ids, packing)
-        chances = self.decoder.head(hidden).float().softmax(dim=-1)
-        # A draw as `multinomial` does it, which would end the program where the weights are not finite any more.
-        said = (chances / torch.empty_like(chances).exponential_()).argmax(dim=-1)
-        read = packing.words + 1  # what is said at a position is read at the next, if that is of the same caption
-        chosen = (torch.rand(len(read), device=read.device) < share) & (read % input_ids.shape[1] != 0)
-        mixed = F.pad(input_ids.flatten(), (0, 1))
-        mixed[read] = said.where(chosen, mixed[read])
-        return mixed[:-1].view_as(input_ids)
+            return None
+        mean = F.dropout(projected.mean(dim=1), self._word_head_dropout, self.training)
+        return _at_least_float32(self.word_head(mean))
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Return the encoder's features (B, N, C) of normalised photos (B, 3, height, width)."""
         features: Tensor = self.encoder(pixel_values)
         return features
 
-    def init_state(self, features: Tensor) -> DecoderState:
+    def init_state(self, features: Tensor) -> Any:
         """Start one caption an image; features are (B, N, C) from `encode`."""
         return self.decoder.init_state(self.projection(features))
 
-    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, Tensor, DecoderState]:
-        """Read one word a row; see `SoftAttentionDecoder.step`."""
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """Read one word a row; see `Decoder.step`."""
         return self.decoder.step(tokens, state)
 
-    def reorder(self, state: DecoderState, parents: Tensor) -> DecoderState:
-        """Continue from other rows; see `SoftAttentionDecoder.reorder`."""
+    def reorder(self, state: Any, parents: Tensor) -> Any:
+        """Continue from other rows; see `Decoder.reorder`."""
         return self.decoder.reorder(state, parents)
 
-    def select(self, state: DecoderState, images: Tensor) -> DecoderState:
-        """Keep some images; see `SoftAttentionDecoder.select`."""
+    def select(self, state: Any, images: Tensor) -> Any:
+        """Keep some images; see `Decoder.select`."""
         return self.decoder.select(state, images)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    # A loss sums over words, which needs float32 even where the step is computed in less.
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def build_model(
@@ -196,16 +171,8 @@ def build_model(
         UsageError, CheckpointError, StorageError: as `build_backbone`.
     """
     backbone = build_backbone(encoder.name, encoder.stage, encoder.weights if load_weights else "none")
-    decoder_module = SoftAttentionDecoder(
-        feature_size=encoder.projection or backbone.channels,
-        vocab_size=vocab_size,
-        embed_size=decoder.embed_size,
-        hidden_size=decoder.hidden_size,
-        attention_size=decoder.attention_size,
-        dropout=decoder.dropout,
-        gate=decoder.gate,
-        tie_weights=decoder.tie_weights,
-        pad_id=pad_id,
+    decoder_module = DECODERS[decoder.name](
+        decoder, feature_size=encoder.projection or backbone.channels, vocab_size=vocab_size, pad_id=pad_id
     )
     encoder_module = Encoder(
         backbone,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from capdist.errors import UsageError
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import DecoderState
 from capdist.models.encoder import Encoder
 
-States = tuple[DecoderState, ...]
+States = tuple[Any, ...]
+"""The state of each member."""
 
 
 class Ensemble(nn.Module):

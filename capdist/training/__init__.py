@@ -1,1 +1,7 @@
-"""The training loop and what it stands on; the only package that imports accelerate."""
+"""A run: its steps, its loop, its checkpoints."""
+
+from capdist.training.objectives import CrossEntropy, Objective
+from capdist.training.self_critical import SelfCritical
+
+OBJECTIVES: dict[str, type[Objective]] = {"cross_entropy": CrossEntropy, "scst": SelfCritical}
+"""The class for each `training.stage`."""

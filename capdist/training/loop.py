@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +19,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch, CaptionDataset, Collator, build_views
-from capdist.data.captions import reference_ids
-from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing, build_augmentation
 from capdist.data.loaders import Plan, training_batches
 from capdist.data.prepared import PreparedData
-from capdist.decoding import SearchOptions
-from capdist.metrics.rewards import CaptionReward
 from capdist.model_folder import SEARCH_KEYS, TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
+from capdist.training import OBJECTIVES
 from capdist.training.averaging import WeightAverage
 from capdist.training.checkpoints import (
     Identity,
@@ -40,7 +37,7 @@ from capdist.training.checkpoints import (
 from capdist.training.evaluation import Evaluator
 from capdist.training.launch import on_main
 from capdist.training.optimization import set_learning_rate
-from capdist.training.self_critical import SelfCritical
+from capdist.training.source import FeatureSource
 from capdist.training.step import StepReport, TrainStep
 from capdist.training.stopping import StopSignals
 from capdist.training.tracking import Tracking
@@ -91,7 +88,7 @@ class Loop:
         model: As `accelerator.prepare` gave it.
         optimizer: Likewise.
         preprocessing: Of photos.
-        features: Stores by split, empty when the encoder runs in each step.
+        sources: Features by split.
         evaluator: Of validations.
         identity: Of the run.
     """
@@ -104,12 +101,12 @@ class Loop:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         preprocessing: Preprocessing,
-        features: dict[str, FeatureStore],
+        sources: Mapping[str, FeatureSource],
         evaluator: Evaluator,
         identity: Identity,
     ) -> None:
         self.accelerator, self.recipe, self.data = accelerator, recipe, data
-        self.optimizer, self.preprocessing, self.features = optimizer, preprocessing, features
+        self.optimizer, self.preprocessing, self.sources = optimizer, preprocessing, sources
         self.evaluator, self.identity = evaluator, identity
         self.unwrapped = cast(CaptionModel, accelerator.unwrap_model(model))
         self.model = model
@@ -117,9 +114,9 @@ class Loop:
         self._saved_step = 0
         self.checkpoints = recipe.run_folder / "checkpoints"
         self.average = WeightAverage(self.unwrapped, decay) if (decay := recipe.training.ema_decay) else None
-        self.step = TrainStep(
-            accelerator, model, optimizer, recipe, preprocessing, features.get("train"), self._self_critical()
-        )
+        kind, source = OBJECTIVES[recipe.training.stage], sources["train"]
+        self.objective = kind.build(recipe, data, self.unwrapped, source, accelerator)
+        self.step = TrainStep(accelerator, model, optimizer, recipe, source, self.objective)
         self.plan = Plan.build(
             data.captions,
             captions_per_image=recipe.data.captions_per_image,
@@ -132,22 +129,9 @@ class Loop:
         self.total_steps = min(steps, recipe.training.max_steps or steps)
         self.dataset = self._dataset()
 
-    def _self_critical(self) -> SelfCritical | None:
-        if self.recipe.training.stage != "scst":
-            return None
-        scst, vocabulary = self.recipe.scst, self.data.vocabulary
-        reward = CaptionReward(
-            reference_ids(self.data.words, vocabulary), cider_weight=scst.cider_weight, bleu_weight=scst.bleu_weight
-        )
-        options = SearchOptions(
-            beam_size=1, max_length=self.recipe.text.max_length,
-            pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
-        )  # fmt: skip
-        return SelfCritical(self.unwrapped, reward, scst, options, vocabulary.mirrored_words)
-
     def _dataset(self) -> CaptionDataset:
         return CaptionDataset(
-            None if "train" in self.features else self.data.splits["train"].photos,
+            self.sources["train"].photos,
             self.data.captions,
             self.preprocessing,
             build_augmentation(self.recipe.data),
@@ -245,9 +229,7 @@ class Loop:
         return over and self.state.step > 0 and self.state.validated_step != self.state.step
 
     def _set_mode(self) -> None:
-        # Samples are learned by the network that drew them. With dropout it would be another, for which this is not the
-        # gradient of the reward: training then falls apart after an epoch or two.
-        self.model.train(self.step.self_critical is None)
+        self.model.train(self.objective.trains_with_dropout)
 
     def _batches(self) -> Iterator[CaptionBatch]:
         return training_batches(
@@ -301,7 +283,7 @@ class Loop:
         # BatchNorm that trains has statistics of its own in each process; those of the main one are saved, so scored.
         for buffer in self.unwrapped.buffers():
             buffer.copy_(broadcast(buffer))
-        evaluation = self.evaluator.evaluate(self.unwrapped, split, self.features.get(split.name))
+        evaluation = self.evaluator.evaluate(self.unwrapped, split, self.sources[split.name])
         seconds = time.perf_counter() - started
         tracking.log(
             {"split": split.name, **evaluation.metrics, "seconds": seconds}, self.state.step, group="validation"

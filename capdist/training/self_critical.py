@@ -14,15 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from capdist.config import ScstSection
+from capdist.config import Recipe, ScstSection
 from capdist.data.batches import CaptionBatch, caption_rows
+from capdist.data.captions import reference_ids, seed_of, tokenize_images
+from capdist.data.prepared import PreparedData
 from capdist.decoding import SearchOptions, SearchResult, greedy_search, sample
 from capdist.metrics.rewards import CaptionReward
-from capdist.models.caption_model import CaptionModel
+from capdist.models.caption_model import CaptionModel, Output
 from capdist.text.vocabulary import IGNORED_LABEL
+from capdist.training.objectives import Objective, Window, cross_entropy
+from capdist.training.source import FeatureSource
 
 
 class Sampled(NamedTuple):
@@ -39,21 +44,28 @@ class Sampled(NamedTuple):
     num_samples: int
 
 
-class SelfCritical:
-    """Replaces the captions of batches by samples of the model, each weighted by its advantage.
+class SelfCritical(Objective):
+    """Learn from rewarded samples: captions of a batch are replaced by samples, each weighted by its advantage.
 
     The gradient of `advantage * -log p(sample)` is REINFORCE's as long as the network that learns is the one that drew:
     no dropout, no statistics of the batch, all words allowed. (Only that a caption of `max_length` words went on, and
     was cut, is not learned.) The rest of a step is that of any other batch.
 
     Args:
-        model: Unwrapped, in evaluation mode throughout.
-        reward: Of captions of the training split. `<eos>` is a word of it, so that a caption cut off in the middle
+        model: Draws the samples; unwrapped, in evaluation mode throughout.
+        reward: Scores captions of the training split. `<eos>` counts as a word, so that a caption cut off in the middle
             (`a man with a`) loses by it.
-        section: Of the recipe.
+        section: The recipe's keys.
         options: How long a sample may be, and the ids of `<bos>`, `<eos>` and `<pad>`.
-        mirrored_words: Words that mean their opposite on a mirrored photo; references are of the photo as it is.
+        source: Gives the features of the training split.
+        accelerator: The processes of this launch; each draws samples of its own.
+        mirrored_words: Words that mean their opposite on a mirrored photo; references describe the original photo.
+        seed: The run's; it decides what is drawn.
     """
+
+    trains_with_dropout = False
+    # With dropout the network that learns would not be the one that drew, and this not the gradient of the reward:
+    # training then falls apart after an epoch or two.
 
     def __init__(
         self,
@@ -61,15 +73,61 @@ class SelfCritical:
         reward: CaptionReward,
         section: ScstSection,
         options: SearchOptions,
+        source: FeatureSource,
+        accelerator: Accelerator,
+        *,
         mirrored_words: Mapping[int, int] | None = None,
+        seed: int = 0,
     ) -> None:
         # A word that is never drawn is never unlearned: with <unk> forbidden its probability grew from 2 to 20 % in an
         # epoch on Flickr8k, and after another one sentences fell apart.
         assert not options.suppressed_ids
         self.model, self.reward, self.section, self.options = model, reward, section, options
-        self.mirrored_words = mirrored_words or {}
+        self.source, self.accelerator = source, accelerator
+        self.mirrored_words, self.seed = mirrored_words or {}, seed
 
-    def __call__(self, batch: CaptionBatch, features: Tensor) -> Sampled:
+    @classmethod
+    def build(
+        cls, recipe: Recipe, data: PreparedData, model: CaptionModel, source: FeatureSource, accelerator: Accelerator
+    ) -> SelfCritical:
+        """See `Objective.build`."""
+        scst, vocabulary = recipe.scst, data.vocabulary
+        words = tokenize_images(data.splits["train"].references)
+        reward = CaptionReward(
+            reference_ids(words, vocabulary), cider_weight=scst.cider_weight, bleu_weight=scst.bleu_weight
+        )
+        options = SearchOptions(
+            beam_size=1, max_length=recipe.text.max_length,
+            pad_id=vocabulary.pad_id, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id,
+        )  # fmt: skip
+        return cls(
+            model, reward, scst, options, source, accelerator,
+            mirrored_words=vocabulary.mirrored_words, seed=recipe.run.seed,
+        )  # fmt: skip
+
+    @staticmethod
+    def change_start(model: CaptionModel, recipe: Recipe) -> None:
+        """See `Objective.change_start`; `scst.temperature` says why."""
+        model.decoder.sharpen(recipe.scst.temperature)
+
+    def prepare(self, step: int, window: Window) -> Window:
+        """See `Objective.prepare`: the captions are replaced by samples."""
+        made = []
+        for micro, batch in enumerate(window.batches):
+            torch.manual_seed(seed_of(self.seed, "samples", step, micro, self.accelerator.process_index))
+            with self.accelerator.autocast():
+                made.append(self.sample(batch, self.source.features(self.model, batch)))
+        return Window(
+            [sampled.batch for sampled in made],
+            sum(sampled.reward_sum for sampled in made),
+            sum(sampled.num_samples for sampled in made),
+        )
+
+    def loss(self, output: Output, batch: CaptionBatch) -> Tensor:
+        """See `Objective.loss`: the weights of the samples are their advantages."""
+        return cross_entropy(output, batch.labels, batch.weights)
+
+    def sample(self, batch: CaptionBatch, features: Tensor) -> Sampled:
         """Sample captions.
 
         Args:

@@ -23,6 +23,7 @@ from capdist.errors import CheckpointError, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
+from capdist.training import OBJECTIVES
 from capdist.training.checkpoints import (
     FREE_KEYS,
     Identity,
@@ -161,12 +162,12 @@ def build_network(recipe: Recipe, vocabulary: Vocabulary, checkpoint: Path | Non
     )
     if folder is not None and checkpoint is None:
         start_from(folder, model, vocabulary, recipe)
-    if recipe.training.word_presence and recipe.training.stage == "cross_entropy":
-        model.add_word_head()
-    if folder is not None and checkpoint is not None:
+    objective = OBJECTIVES[recipe.training.stage]
+    objective.add_layers(model, recipe)
+    if checkpoint is None:
+        objective.change_start(model, recipe)
+    elif folder is not None:
         load_weights(checkpoint, model)
-    if checkpoint is None and recipe.training.stage == "scst":
-        model.decoder.sharpen(recipe.scst.temperature)
     return model
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch
 from capdist.data.captions import seed_of
-from capdist.data.features import FeatureStore
-from capdist.data.images import Preprocessing
 from capdist.errors import NumericsError
-from capdist.training.self_critical import SelfCritical
+from capdist.models.caption_model import Output
+from capdist.training.objectives import Objective, Window
+from capdist.training.source import FeatureSource
 
 MOST_SKIPPED_STEPS = 30
 """Steps in a row that fp16 scaling may skip: from its start at 2^16 it is halved at each, far below any use by then."""
@@ -31,8 +30,8 @@ class StepReport:
         loss_sum: This process's share of the loss, not yet divided by words; on the device.
         num_tokens: Words of the step, over all processes.
         num_captions: Captions of the step, over all processes.
-        reward_sum: Of the samples of a self-critical step, over all processes.
-        num_samples: Their number, over all processes; 0 in any other step.
+        reward_sum: Sum of the rewards of the step's samples, over all processes.
+        num_samples: Captions that were rewarded, over all processes; 0 where there are no rewards.
         stop: Whether any process was told to stop.
     """
 
@@ -51,13 +50,12 @@ class TrainStep:
     micro-batches changes the gradient.
 
     Args:
-        accelerator: Of the launch.
-        model: As `accelerator.prepare` gave it.
-        optimizer: Likewise.
-        recipe: Of the run.
-        preprocessing: Of photos.
-        features: Of the training split, or None when the encoder runs in the step.
-        self_critical: Replaces captions by samples of the model, or None to learn the captions as they are.
+        accelerator: The processes of this launch.
+        model: The network as `accelerator.prepare` gave it.
+        optimizer: As `accelerator.prepare` gave it.
+        recipe: Gives the seed and the clipping of gradients.
+        source: Gives the features or photos of the training split.
+        objective: Makes the loss.
     """
 
     def __init__(
@@ -66,13 +64,11 @@ class TrainStep:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         recipe: Recipe,
-        preprocessing: Preprocessing,
-        features: FeatureStore | None,
-        self_critical: SelfCritical | None = None,
+        source: FeatureSource,
+        objective: Objective,
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.recipe, self.preprocessing, self.features = recipe, preprocessing, features
-        self.self_critical = self_critical
+        self.recipe, self.source, self.objective = recipe, source, objective
         self._skipped_in_a_row = 0
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -90,43 +86,27 @@ class TrainStep:
         Raises:
             NumericsError: if the gradient is not finite; the weights are as they were.
         """
-        photos: list[dict[str, Tensor] | None] = [None] * len(window)
-        reward_sum, num_samples = 0.0, 0
-        if self.self_critical is not None:
-            photos = [self._photos(batch) for batch in window]
-            window, reward_sum, num_samples = self._sampled(step, window, photos)
+        prepared = self.objective.prepare(step, Window(window))
+        window = prepared.batches
         num_tokens, num_captions = sum(b.num_tokens for b in window), sum(b.num_captions for b in window)
         counts = torch.tensor(
-            [num_tokens, num_captions, int(stop_requested), num_samples, reward_sum],
+            [num_tokens, num_captions, int(stop_requested), prepared.num_samples, prepared.reward_sum],
             dtype=torch.float64 if self.accelerator.device.type != "mps" else torch.float32,
             device=self.accelerator.device,
         )
         *numbers, reward_sum = self.accelerator.reduce(counts, "sum").tolist()
         num_tokens, num_captions, stop, num_samples = map(int, numbers)
         loss_sum = torch.zeros((), device=self.accelerator.device)
-        for micro, (batch, of_batch) in enumerate(zip(window, photos, strict=True)):
+        for micro, batch in enumerate(window):
             last = micro == len(window) - 1
             torch.manual_seed(seed_of(self.recipe.run.seed, "dropout", step, micro, self.accelerator.process_index))
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self._loss(batch, of_batch, progress)
+                loss = self._loss(batch, progress)
                 # DDP averages the gradients of the processes; this makes it their sum.
                 self.accelerator.backward(loss * (self.accelerator.num_processes / max(1, num_tokens)))
             loss_sum += loss.detach()
         self._update(step)
         return StepReport(loss_sum, num_tokens, num_captions, reward_sum, num_samples, stop > 0)
-
-    def _sampled(
-        self, step: int, window: Sequence[CaptionBatch], photos: Sequence[Any]
-    ) -> tuple[Sequence[CaptionBatch], float, int]:
-        """Return batches of samples in place of captions, and the sum and number of their rewards."""
-        assert self.self_critical is not None
-        made = []
-        for micro, (batch, of_batch) in enumerate(zip(window, photos, strict=True)):
-            torch.manual_seed(seed_of(self.recipe.run.seed, "samples", step, micro, self.accelerator.process_index))
-            with self.accelerator.autocast():
-                features = of_batch["features"] if "features" in of_batch else self._encoded(of_batch["pixel_values"])
-                made.append(self.self_critical(batch, features))
-        return [s.batch for s in made], sum(s.reward_sum for s in made), sum(s.num_samples for s in made)
 
     def warm_up(self, batch: CaptionBatch) -> None:
         """Run two steps that change nothing.
@@ -141,34 +121,11 @@ class TrainStep:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(buffers[name])
 
-    def _loss(self, batch: CaptionBatch, photos: dict[str, Tensor] | None = None, progress: float = 0.0) -> Tensor:
-        training = self.recipe.training
-        inputs = self._inputs(batch) | (self._photos(batch) if photos is None else photos)
-        if self.self_critical is not None:  # a sample is learned for its reward, and nothing else is
-            return self.model(**inputs).cross_entropy
-        own_words = training.scheduled_sampling * progress
-        losses = self.model(label_smoothing=training.label_smoothing, own_words=own_words, **inputs)
-        loss: Tensor = losses.cross_entropy + training.doubly_stochastic * losses.doubly_stochastic
-        return loss + training.word_presence * losses.word_presence
-
-    def _inputs(self, batch: CaptionBatch) -> dict[str, Any]:
-        tensors = {"input_ids": batch.input_ids, "labels": batch.labels, "weights": batch.weights}
-        device = self.accelerator.device
-        moved = {name: t.to(device, non_blocking=True) for name, t in tensors.items() if t is not None}
-        return {**moved, "lengths": batch.lengths}
-
-    def _photos(self, batch: CaptionBatch) -> dict[str, Tensor]:
-        """Return `features`, or `pixel_values` when the encoder runs in the step, on the device."""
-        device = self.accelerator.device
-        if self.features is not None:
-            return {"features": self.features.features(batch.feature_rows).to(device, non_blocking=True)}
-        assert batch.images is not None
-        return {"pixel_values": self.preprocessing.normalize(batch.images.to(device, non_blocking=True))}
-
-    @torch.no_grad()
-    def _encoded(self, pixel_values: Tensor) -> Tensor:
-        assert self.self_critical is not None
-        return self.self_critical.model.encode(pixel_values)
+    def _loss(self, batch: CaptionBatch, progress: float = 0.0) -> Tensor:
+        inputs = self.source.inputs(batch)
+        batch = replace(batch, images=None).to(self.accelerator.device)
+        output: Output = self.model(batch.input_ids, batch.lengths, rewrite=self.objective.rewrite(progress), **inputs)
+        return self.objective.loss(output, batch)
 
     def _update(self, step: int) -> None:
         limit = self.recipe.training.clip_norm

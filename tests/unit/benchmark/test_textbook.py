@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,9 +11,9 @@ from torch import Tensor, nn
 from benchmarks import textbook
 from capdist.decoding import SearchOptions, search
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import Packing, SoftAttentionDecoder
-from capdist.models.encoder import Backbone, Encoder
 from capdist.text.vocabulary import IGNORED_LABEL
+from capdist.training.objectives import doubly_stochastic
+from tests.models import loss_of, read, tiny_model
 
 CHANNELS, VOCABULARY, IMAGES, CAPTIONS = 24, 40, 3, 5
 PAD, BOS, EOS = 0, 1, 2
@@ -20,17 +22,15 @@ PAD, BOS, EOS = 0, 1, 2
 def make_model(
     grid: int | None, dtype: torch.dtype = torch.float64, gate: bool = True, tied: bool = False
 ) -> CaptionModel:
-    torch.manual_seed(5)
-    network = nn.Sequential(nn.Conv2d(3, CHANNELS, 4, stride=4), nn.ReLU())
-    encoder = Encoder(Backbone(network, CHANNELS, (0.5,) * 3, (0.5,) * 3), grid=grid)
-    decoder = SoftAttentionDecoder(
-        feature_size=CHANNELS, vocab_size=VOCABULARY, embed_size=12 if tied else 10, hidden_size=12,
-        attention_size=14, dropout=0.0, gate=gate, tie_weights=tied, pad_id=PAD,
+    layers: OrderedDict[str, nn.Module] = OrderedDict(layer1=nn.Conv2d(3, CHANNELS, 4, stride=4), act=nn.ReLU())
+    model = tiny_model(
+        channels=CHANNELS, vocab_size=VOCABULARY, layers=layers, encoder={"grid": grid}, seed=5, gate=gate,
+        tie_weights=tied, embed_size=12 if tied else 10, hidden_size=12, attention_size=14,
     )  # fmt: skip
     with torch.no_grad():
-        for parameter in decoder.parameters():
+        for parameter in model.decoder.parameters():
             parameter.mul_(3)
-    return CaptionModel(encoder, decoder, None).to(dtype)
+    return model.to(dtype)
 
 
 def random_captions() -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def test_loss_and_every_gradient_are_the_textbooks(grid: int | None, options: di
     plain = textbook.decoder_like(model.decoder)
     photos = torch.randn(IMAGES, 3, 28, 28, generator=torch.Generator().manual_seed(7)).double()
     input_ids, labels, lengths = random_captions()
-    loss = model(input_ids, labels, pixel_values=photos).cross_entropy
+    loss = loss_of(model, input_ids, labels, pixel_values=photos)
     loss.backward()
 
     # At 28 pixels this backbone has a map of 7x7 cells; the textbook pools it up to 14x14 in any case.
@@ -76,18 +76,17 @@ def test_penalty_of_14x14_cells_is_computed_on_7x7() -> None:
     input_ids, labels, lengths = random_captions()
     features = model.encode(photos)
     assert features.shape == (IMAGES, 49, CHANNELS)
-    loss = model(input_ids, labels, features=features)
-    loss.doubly_stochastic.backward()
+    loss = doubly_stochastic(read(model, input_ids, labels, features=features), labels)
+    loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.decoder.named_parameters() if p.grad is not None}
 
     model.zero_grad()
     pooled = textbook.Encoder(model.encoder.network)(photos).detach()
-    packing = Packing.of(lengths, input_ids.shape[1], input_ids.device)
-    _, looked = model.decoder(pooled, input_ids, packing)
+    looked = model.decoder.read(pooled, input_ids, lengths.tolist()).attention
     assert looked.shape == (IMAGES * CAPTIONS, 196)
     expected = ((1 - looked) ** 2).sum()
     expected.backward()
-    assert loss.doubly_stochastic.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert len(gradients) > 10
     for name, parameter in model.decoder.named_parameters():
         if name in gradients:
@@ -99,7 +98,8 @@ def test_penalty_of_14x14_cells_is_computed_on_7x7() -> None:
 def test_captions_and_log_probabilities_are_the_textbooks(grid: int | None, beam_size: int) -> None:
     model = make_model(grid, torch.float32).eval()
     with torch.no_grad():
-        model.decoder.head.weight *= 3  # as sure of itself as a trained network
+        model.decoder.head.weight *= 3  # as sure of itself as a trained network, with captions that end
+        model.decoder.head.bias[EOS] += 2
     plain = textbook.decoder_like(model.decoder)
     generator = torch.Generator().manual_seed(8)
     photos = torch.randn(30, 3, 28, 28, generator=generator) + 3 * torch.randn(30, 3, 1, 1, generator=generator)

@@ -128,9 +128,8 @@ def test_a_batch_by_hand() -> None:
         [A, DOG, RUNS, FAST],
         [-100, -100, -100, -100],
     ]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]
     assert (batch.num_tokens, batch.num_captions) == (9, 3)
-    assert {t.dtype for t in (batch.input_ids, batch.labels, batch.attention_mask, batch.feature_rows)} == {torch.int64}
+    assert {t.dtype for t in (batch.input_ids, batch.labels, batch.feature_rows)} == {torch.int64}
 
 
 @pytest.mark.parametrize("captions_per_image", [1, 2, 5])
@@ -142,7 +141,7 @@ def test_batches_against_a_naive_count(captions_per_image: int) -> None:
         lengths = generator.integers(1, 12, size=count)
         samples.append(_sample(image, *(generator.integers(4, 9, size=n).tolist() for n in lengths)))
     batch = _collate(captions_per_image, *samples)
-    assert batch.labels.shape == batch.input_ids.shape == batch.attention_mask.shape
+    assert batch.labels.shape == batch.input_ids.shape
     assert len(batch.labels) == 13 * captions_per_image
     assert batch.num_captions == sum(len(sample.captions) for sample in samples)
     assert batch.num_tokens == sum(len(caption) for sample in samples for caption in sample.captions)
@@ -151,7 +150,7 @@ def test_batches_against_a_naive_count(captions_per_image: int) -> None:
         for place in range(captions_per_image):
             row = index * captions_per_image + place
             caption = sample.captions[place].tolist() if place < len(sample.captions) else []
-            real = batch.attention_mask[row].bool()
+            real = batch.labels[row] != -100
             assert batch.labels[row][real].tolist() == caption
             assert batch.input_ids[row][real].tolist() == ([BOS, *caption])[: len(caption)]
             assert set(batch.labels[row][~real].tolist()) <= {-100}
@@ -164,7 +163,6 @@ def test_a_batch_of_fillers_has_no_weight() -> None:
     assert (batch.num_tokens, batch.num_captions) == (0, 0)
     assert batch.input_ids.shape == (6, 1)
     assert (batch.labels == -100).all()
-    assert not batch.attention_mask.any()
     assert batch.images is not None
     assert batch.images.shape == (2, 3, SIZE, SIZE)
 
@@ -180,7 +178,7 @@ def test_moving_a_batch_moves_every_tensor_and_keeps_the_counts() -> None:
     batch = _collate(1, _sample(0, [A, EOS], pixels=torch.zeros(3, 2, 2, dtype=torch.uint8)))
     moved = batch.to(torch.device("meta"))
     tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 7
+    assert len(tensors) == 6
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert (moved.num_tokens, moved.num_captions) == (2, 1)
 

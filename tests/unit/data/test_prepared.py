@@ -59,13 +59,6 @@ def test_without_validation_there_is_nothing_to_halve(tmp_path: Path) -> None:
         get_split(loaded, "dev-report")
 
 
-def test_words_are_kept_for_stages_that_score_captions_only(folder: Path) -> None:
-    assert prepare(Recipe(data=_data(folder))).words == []
-    data = prepare(Recipe(data=_data(folder), training={"stage": "scst"}))
-    assert [len(captions) for captions in data.words] == [5] * 4
-    assert all(isinstance(word, str) for caption in data.words[0] for word in caption)
-
-
 @pytest.mark.parametrize(("word", "name"), [("training", "train"), ("valid", "validation"), ("val", "validation")])
 def test_splits_answer_to_the_words_that_sources_know_them_by(folder: Path, word: str, name: str) -> None:
     assert get_split(read_source(_data(folder)), word).name == name

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
-from capdist.models.encoder import Backbone, Encoder
+from capdist.models.decoder import Decoder
 from capdist.text.vocabulary import IGNORED_LABEL
+from capdist.training.objectives import cross_entropy, sample_words
+from tests.models import loss_of, tiny_model
 
 WORDS, SAID = 13, 11
 
 
 def _model(said: int | None = None) -> CaptionModel:
     """A model that says one word whatever it reads, or any at all."""
-    encoder = Encoder(Backbone(nn.Sequential(OrderedDict(layer1=nn.Conv2d(3, 6, 4))), 6, (0.0,) * 3, (1.0,) * 3))
-    decoder = SoftAttentionDecoder(
-        feature_size=6, vocab_size=WORDS, embed_size=8, hidden_size=8, attention_size=8, dropout=0.0, gate=True,
-        tie_weights=False, pad_id=0,
-    )  # fmt: skip
+    model = tiny_model(vocab_size=WORDS, seed=None)
     with torch.no_grad():
         if said is not None:
-            decoder.head.bias[said] = 99.0
-    return CaptionModel(encoder, decoder, None).double().train()
+            model.decoder.head.bias[said] = 99.0
+    return model.double().train()
 
 
 def _captions(rows: int, width: int = 7) -> tuple[Tensor, Tensor, list[int]]:
@@ -40,13 +38,17 @@ def _captions(rows: int, width: int = 7) -> tuple[Tensor, Tensor, list[int]]:
 def _read(model: CaptionModel, rows: int, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the captions, what the decoder read of them in the end, and the loss."""
     input_ids, labels, lengths = _captions(rows)
-    seen: list[Tensor] = []
     features = torch.ones(rows, 4, 6, dtype=torch.float64)
-    with model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1].clone())):
-        loss = model(input_ids, labels, features=features, lengths=lengths, own_words=share).cross_entropy
-    assert len(seen) == (2 if share else 1)
+    seen = input_ids
+
+    def rewrite(decoder: Decoder[Any], features: Tensor, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        nonlocal seen
+        seen = sample_words(decoder, features, ids, lengths, share=share)
+        return seen
+
+    loss = cross_entropy(model(input_ids, lengths, features=features, rewrite=rewrite), labels)
     present = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
-    return torch.where(present, seen[-1], -1), torch.where(present, input_ids, -1), loss
+    return torch.where(present, seen, -1), torch.where(present, input_ids, -1), loss
 
 
 def test_all_words_but_the_first_are_what_the_model_says() -> None:
@@ -76,9 +78,9 @@ def test_words_are_drawn_as_often_as_they_are_probable() -> None:
 def test_the_loss_is_that_of_the_words_read() -> None:
     model = _model(SAID)
     _, _, loss = _read(model, 8, 1.0)
-    input_ids, labels, lengths = _captions(8)
+    input_ids, labels, _ = _captions(8)
     input_ids[:, 1:] = SAID
     features = torch.ones(8, 4, 6, dtype=torch.float64)
-    expected = model(input_ids, labels, features=features, lengths=lengths).cross_entropy
+    expected = loss_of(model, input_ids, labels, features=features)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
     assert loss.requires_grad

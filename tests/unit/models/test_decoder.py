@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,10 +18,9 @@ from torch import Tensor, nn
 
 from capdist.models.attention import AdditiveAttention
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
-from capdist.models.encoder import Backbone, Encoder
-from capdist.models.packing import Packing
 from capdist.text.vocabulary import IGNORED_LABEL
+from capdist.training.objectives import cross_entropy, doubly_stochastic, word_presence
+from tests.models import loss_of, read, tiny_model
 from tests.unit.models.plain_decoder import plain_forward
 
 PAD, BOS, EOS = 0, 1, 2
@@ -38,23 +36,12 @@ def _build(
     dropout: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> CaptionModel:
-    torch.manual_seed(1)
-    network = nn.Sequential(OrderedDict(layer1=nn.Conv2d(3, CHANNELS, 4, stride=4)))
-    encoder = Encoder(Backbone(network, CHANNELS, (0.5,) * 3, (0.5,) * 3))
-    decoder = SoftAttentionDecoder(
-        feature_size=projection or CHANNELS,
-        vocab_size=VOCABULARY,
-        embed_size=8 if tied else 6,
-        hidden_size=8,
-        attention_size=7,
-        dropout=dropout,
-        gate=gate,
-        tie_weights=tied,
-        pad_id=PAD,
-    )
-    model = CaptionModel(encoder, decoder, projection).to(dtype)
+    model = tiny_model(
+        channels=CHANNELS, vocab_size=VOCABULARY, projection=projection, embed_size=8 if tied else 6, attention_size=7,
+        dropout=dropout, gate=gate, tie_weights=tied, seed=1,
+    ).to(dtype)  # fmt: skip
     with torch.no_grad():  # large enough for the attention and the gates to differ from word to word
-        for parameter in decoder.parameters():
+        for parameter in model.decoder.parameters():
             parameter.mul_(3)
     return model
 
@@ -89,19 +76,20 @@ def _plain_forward(model: CaptionModel, features: Tensor, input_ids: Tensor) -> 
     return plain_forward(model.decoder, features, input_ids)
 
 
-def _packed_order(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (row, position) of all words: first words first, and among those the longest caption first."""
-    rows = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return [(row, position) for position in range(max(lengths)) for row in rows if position < lengths[row]]
-
-
 def _fast_forward(model: CaptionModel, features: Tensor, input_ids: Tensor, lengths: list[int]) -> tuple[Any, Tensor]:
     """Return logits by (row, position), and the attention of each row summed over its words (rows, N)."""
-    packing = Packing.of(torch.tensor(lengths), input_ids.shape[1], input_ids.device)
-    hidden, looked = model.decoder(model.projection(features), input_ids, packing)
-    logits = model.decoder.head(hidden)
-    assert len(logits) == sum(lengths)
-    return dict(zip(_packed_order(lengths), logits, strict=True)), looked
+    reading = model.decoder.read(model.projection(features), input_ids, lengths)
+    places = [divmod(word, input_ids.shape[1]) for word in reading.words.tolist()]
+    assert sorted(places) == [(row, position) for row, length in enumerate(lengths) for position in range(length)]
+    assert reading.attention is not None
+    return dict(zip(places, reading.logits, strict=True)), reading.attention
+
+
+def _losses(model: CaptionModel, input_ids: Tensor, labels: Tensor, smoothing: float = 0.0, **inputs: Any) -> Tensor:
+    """Return cross-entropy, penalty and, with a word head, word presence."""
+    output = read(model, input_ids, labels, **inputs)
+    losses = [cross_entropy(output, labels, label_smoothing=smoothing), doubly_stochastic(output, labels)]
+    return torch.stack([*losses, *([word_presence(output, labels)] if model.word_head is not None else [])])
 
 
 VARIANTS = [
@@ -116,7 +104,7 @@ def test_attention_is_that_of_a_triple_loop(rows: int, cells: int) -> None:
     torch.manual_seed(0)
     attention = AdditiveAttention(CHANNELS, 8, 7).double()
     features, hidden = torch.randn(2, cells, CHANNELS).double(), torch.randn(2, rows, 8).double()
-    context, weights = attention.of_rows(attention.memory(features))(attention.query(hidden))
+    context, weights = attention.for_search(attention.memory(features))(attention.query(hidden))
     key, query = ((m.weight.tolist(), m.bias.tolist()) for m in (attention.key, attention.query))
     score = attention.score.weight[0].tolist()  # a bias, if there is one, falls out of the softmax
     assert weights.shape == (2, rows, cells)
@@ -233,7 +221,8 @@ def test_rows_of_an_image_do_not_see_each_other() -> None:
 
 def test_dropout_is_on_word_vectors_and_on_the_state_before_the_head() -> None:
     """With everything dropped the word does not matter and the head gives its bias; in evaluation nothing is."""
-    model = _build(dropout=1.0, dtype=torch.float32).train()
+    model = _build(dtype=torch.float32).train()
+    model.decoder.dropout.p = 1.0
     state = model.init_state(_features(torch.float32))
     tokens = torch.tensor([[3], [4]]), torch.tensor([[5], [6]])
     (logits, _, after), (_, _, other) = (model.step(words, state) for words in tokens)
@@ -271,11 +260,10 @@ def _plain_loss(
 def test_loss_is_that_of_plain_loops(smoothing: float, lengths: Any) -> None:
     model = _build(projection=3)
     input_ids, labels = _captions(lengths)
-    loss = model(input_ids, labels, features=_features(), label_smoothing=smoothing)
-    cross_entropy, penalty = _plain_loss(model, _features(), input_ids, labels, smoothing)
-    assert cross_entropy > 1
-    assert loss.cross_entropy.item() == pytest.approx(cross_entropy, rel=1e-6)
-    assert loss.doubly_stochastic.item() == pytest.approx(penalty, rel=1e-6)
+    losses = _losses(model, input_ids, labels, smoothing, features=_features())
+    expected = _plain_loss(model, _features(), input_ids, labels, smoothing)
+    assert expected[0] > 1
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("projection", [None, 3])
@@ -283,8 +271,8 @@ def test_loss_is_that_of_plain_loops(smoothing: float, lengths: Any) -> None:
 def test_word_presence_is_that_of_plain_loops(projection: int | None, lengths: Any) -> None:
     model = _build(projection=projection)
     input_ids, labels = _captions(lengths)
-    assert model(input_ids, labels, features=_features()).word_presence == 0
-    model.add_word_head()
+    assert read(model, input_ids, labels, features=_features()).word_presence is None
+    model.add_word_head(0.0)
     model.double()
     head, features = model.word_head, model.projection(_features())
     expected, captions = 0.0, len(labels) // len(features)
@@ -296,13 +284,13 @@ def test_word_presence_is_that_of_plain_loops(projection: int | None, lengths: A
             chance = 1 / (1 + math.exp(-logit))
             expected -= math.log(chance if word in said else 1 - chance)
     assert expected > 0.1
-    assert model(input_ids, labels, features=_features()).word_presence.item() == pytest.approx(expected, rel=1e-6)
+    assert _losses(model, input_ids, labels, features=_features())[2].item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_word_head_begins_with_one_word_in_a_hundred_and_can_be_left_out() -> None:
     model = _build()
     without = set(model.state_dict())
-    model.add_word_head()
+    model.add_word_head(0.0)
     torch.testing.assert_close(model.word_head.bias.sigmoid(), torch.full_like(model.word_head.bias, 0.01))
     with model.without_word_head():
         assert set(model.state_dict()) == without
@@ -315,27 +303,27 @@ def test_photos_give_the_loss_of_their_features() -> None:
     features = model.encode(photos)
     assert features.shape == (2, CELLS, CHANNELS)
     input_ids, labels = _captions()
-    from_photos = model(input_ids, labels, pixel_values=photos)
-    assert from_photos == model(input_ids, labels, features=features)
+    from_photos = _losses(model, input_ids, labels, pixel_values=photos)
+    assert torch.equal(from_photos, _losses(model, input_ids, labels, features=features))
 
 
 def test_longer_padding_changes_nothing() -> None:
     """Nor do the ids that stand in the padding."""
     model = _build()
-    losses = [model(*_captions(extra_padding=extra), features=_features()) for extra in (0, 1, 9)]
+    losses = [_losses(model, *_captions(extra_padding=extra), features=_features()).tolist() for extra in (0, 1, 9)]
     assert losses[0] == losses[1] == losses[2]
     input_ids, labels = _captions(extra_padding=2)
     junk = torch.where(labels == IGNORED_LABEL, 7, input_ids)
-    assert model(junk, labels, features=_features()) == losses[0]
+    assert _losses(model, junk, labels, features=_features()).tolist() == losses[0]
 
 
 def test_order_of_images_and_captions_changes_nothing() -> None:
     model = _build()
     input_ids, labels = _captions()
     order = torch.tensor([4, 5, 3, 1, 0, 2])  # the second image's captions, shuffled, before the first one's
-    straight = model(input_ids, labels, features=_features())
-    moved = model(input_ids[order], labels[order], features=_features().flip(0))
-    torch.testing.assert_close(torch.stack(moved), torch.stack(straight), rtol=1e-6, atol=0)
+    straight = _losses(model, input_ids, labels, features=_features())
+    moved = _losses(model, input_ids[order], labels[order], features=_features().flip(0))
+    torch.testing.assert_close(moved, straight, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -343,7 +331,7 @@ def test_word_vector_of_padding_gets_no_gradient(tied: bool) -> None:
     model = _build(tied=tied)
     assert not model.decoder.embedding.weight[PAD].any()
     input_ids, labels = _captions(extra_padding=2)
-    model(input_ids, labels, features=_features()).cross_entropy.backward()
+    loss_of(model, input_ids, labels, features=_features()).backward()
     gradient = model.decoder.embedding.weight.grad
     assert gradient is not None
     assert gradient[BOS].any()
@@ -359,8 +347,7 @@ def test_tied_weights_are_one_tensor() -> None:
 
 def test_frozen_encoder_gets_no_gradient_and_the_rest_does() -> None:
     model = _build(projection=3)
-    loss = model(*_captions(), pixel_values=torch.randn(2, 3, 8, 8).double())
-    (loss.cross_entropy + loss.doubly_stochastic).backward()
+    _losses(model, *_captions(), pixel_values=torch.randn(2, 3, 8, 8).double()).sum().backward()
     assert all(p.grad is None for p in model.encoder.parameters())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.decoder.parameters())
     assert model.projection.weight.grad.any()
@@ -370,12 +357,12 @@ def test_frozen_encoder_gets_no_gradient_and_the_rest_does() -> None:
 def test_batch_without_words_costs_nothing_and_still_reaches_every_parameter(width: int) -> None:
     """A process left without captions takes the step all the same; without gradients the others would wait."""
     model = _build(projection=3)
-    model.add_word_head()
+    model.add_word_head(0.0)
     model.double()
     input_ids = torch.full((6, width), PAD)
-    loss = model(input_ids, torch.full_like(input_ids, IGNORED_LABEL), features=_features(), label_smoothing=0.1)
-    assert [value.item() for value in loss] == [0, 0, 0]
-    sum(loss).backward()
+    losses = _losses(model, input_ids, torch.full_like(input_ids, IGNORED_LABEL), 0.1, features=_features())
+    assert losses.tolist() == [0, 0, 0]
+    losses.sum().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name
@@ -385,12 +372,13 @@ def test_batch_without_words_costs_nothing_and_still_reaches_every_parameter(wid
 def test_bfloat16_autocast_is_close() -> None:
     model = _build(dtype=torch.float32)
     input_ids, labels = _captions()
-    exact = model(input_ids, labels, features=_features(torch.float32), label_smoothing=0.1)
+    exact = _losses(model, input_ids, labels, 0.1, features=_features(torch.float32))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(input_ids, labels, features=_features(torch.float32), label_smoothing=0.1)
-    assert rough.cross_entropy.dtype == torch.float32
-    torch.testing.assert_close(torch.stack(rough), torch.stack(exact), rtol=0.05, atol=0)
-    rough.cross_entropy.backward()
+        output = read(model, input_ids, labels, features=_features(torch.float32))
+        rough = _losses(model, input_ids, labels, 0.1, features=_features(torch.float32))
+    assert output.logits.dtype == rough.dtype == torch.float32
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0)
+    rough[0].backward()
     assert all(p.grad.isfinite().all() for p in model.decoder.parameters())
 
 

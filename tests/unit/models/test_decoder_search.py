@@ -5,16 +5,12 @@ Shapes: N cells, C channels.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import pytest
 import torch
-from torch import nn
 
 from capdist.decoding import SearchOptions, search
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
-from capdist.models.encoder import Backbone, Encoder
+from tests.models import tiny_model
 from tests.unit.models.plain_decoder import plain_caption
 
 PAD, BOS, EOS = 0, 1, 2
@@ -22,16 +18,13 @@ VOCABULARY, CHANNELS, CELLS = 13, 6, 4
 
 
 def _model(gate: bool, tie_weights: bool = False) -> CaptionModel:
-    torch.manual_seed(1)
-    decoder = SoftAttentionDecoder(
-        feature_size=CHANNELS, vocab_size=VOCABULARY, embed_size=8, hidden_size=8, attention_size=12, dropout=0.0,
-        gate=gate, tie_weights=tie_weights, pad_id=PAD,
-    ).double()  # fmt: skip
+    model = tiny_model(
+        channels=CHANNELS, vocab_size=VOCABULARY, attention_size=12, gate=gate, tie_weights=tie_weights, seed=3
+    ).double()
     with torch.no_grad():  # large enough for attention and gates to differ from word to word
-        for parameter in decoder.parameters():
+        for parameter in model.decoder.parameters():
             parameter.mul_(3)
-    network = nn.Sequential(OrderedDict(layer1=nn.Conv2d(3, CHANNELS, 4, stride=4)))
-    return CaptionModel(Encoder(Backbone(network, CHANNELS, (0.5,) * 3, (0.5,) * 3)), decoder, None)
+    return model
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])

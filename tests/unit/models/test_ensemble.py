@@ -24,10 +24,10 @@ from capdist.errors import CheckpointError, UsageError
 from capdist.inference.captioner import Captioner
 from capdist.model_folder import TrainedModel
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
 from capdist.models.encoder import Backbone, Encoder
 from capdist.models.ensemble import Ensemble
 from capdist.text.vocabulary import Vocabulary
+from tests.models import tiny_decoder
 from tests.unit.models.plain_decoder import plain_caption
 
 WORDS = ["a", "red", "dog"]
@@ -37,11 +37,10 @@ IMAGES, SIDE = 10, 8
 
 def _member(seed: int, channels: int = 6, projection: int | None = None, **options: Any) -> CaptionModel:
     torch.manual_seed(seed)
-    common: dict[str, Any] = {
-        "feature_size": projection or channels, "vocab_size": 4 + len(WORDS), "embed_size": 5, "hidden_size": 6 + seed,
-        "attention_size": 12, "dropout": 0.5, "gate": False, "tie_weights": False, "pad_id": PAD,
-    }  # fmt: skip
-    decoder = SoftAttentionDecoder(**{**common, **options})
+    sizes: dict[str, Any] = {"embed_size": 5, "hidden_size": 6 + seed, "attention_size": 12, "gate": False}
+    decoder = tiny_decoder(
+        feature_size=projection or channels, vocab_size=4 + len(WORDS), dropout=0.5, **{**sizes, **options}
+    )
     member = CaptionModel(_encoder(channels), decoder, projection).double().eval()
     with torch.no_grad():  # sure of itself, and of something else after each word and for each photo
         for parameter in member.parameters():

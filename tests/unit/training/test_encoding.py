@@ -35,6 +35,7 @@ from capdist.train import train
 from capdist.training import encoding
 from capdist.training.encoding import Encoded, encode_splits
 from capdist.training.launch import build_accelerator
+from capdist.training.source import StoredFeatures
 from capdist.training.step import TrainStep
 from tests.conftest import draw_photos, reset_accelerate
 from tests.processes import SMALL
@@ -439,17 +440,16 @@ def test_training_on_views_stops_and_goes_on_to_the_same_bits(
 def test_epochs_of_a_run_see_all_views(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What reaches the model is the view that `Views` says."""
     seen: list[list[int]] = []
-    photos: Callable[..., Any] = TrainStep._photos
+    inputs: Callable[..., Any] = StoredFeatures.inputs
 
-    def watch(self: TrainStep, batch: Any) -> Any:
-        result = photos(self, batch)
-        assert self.features is not None
-        assert torch.equal(result["features"], self.features.features(batch.feature_rows))
+    def watch(self: StoredFeatures, batch: Any) -> Any:
+        result = inputs(self, batch)
+        assert torch.equal(result["features"], self.store.features(batch.feature_rows))
         assert "pixel_values" not in result
         seen.append(batch.feature_rows.tolist())
         return result
 
-    monkeypatch.setattr(TrainStep, "_photos", watch)
+    monkeypatch.setattr(StoredFeatures, "inputs", watch)
     recipe = _recipe(arguments, *VIEWS, "training.epochs=3", "training.warmup_steps=0", "data.batch_size=10")
     _train(recipe)
     views = build_views(recipe)

@@ -13,9 +13,10 @@ from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch, Collator, Sample
 from capdist.data.images import Preprocessing
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
-from capdist.models.encoder import Backbone, Encoder
+from capdist.training.objectives import CrossEntropy
+from capdist.training.source import EncodedPhotos
 from capdist.training.step import TrainStep
+from tests.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -24,12 +25,7 @@ PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 def _model() -> CaptionModel:
     layers = OrderedDict(layer1=nn.Conv2d(3, 6, 4, stride=4), bn1=nn.BatchNorm2d(6))
-    encoder = Encoder(Backbone(nn.Sequential(layers), 6, PREPROCESSING.mean, PREPROCESSING.std), trainable_from="all")
-    decoder = SoftAttentionDecoder(
-        feature_size=6, vocab_size=13, embed_size=8, hidden_size=8, attention_size=8, dropout=0.0, gate=True,
-        tie_weights=True, pad_id=0,
-    )  # fmt: skip
-    return CaptionModel(encoder, decoder, None).train()
+    return tiny_model(layers=layers, encoder={"trainable_from": "all"}, tie_weights=True).train()
 
 
 def _batch(num_images: int, num_captions: int) -> CaptionBatch:
@@ -47,7 +43,8 @@ def test_a_step_encodes_each_image_once(num_captions: int) -> None:
     model = _model()
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    step = TrainStep(accelerator, prepared, optimizer, Recipe(), PREPROCESSING, None)
+    source = EncodedPhotos([], PREPROCESSING, accelerator)
+    step = TrainStep(accelerator, prepared, optimizer, Recipe(), source, CrossEntropy(Recipe()))
     rows = []
     for module in model.encoder.network:
         module.register_forward_hook(lambda _, inputs, output: rows.append((len(inputs[0]), len(output))))

@@ -12,20 +12,15 @@ from torch import nn
 
 from capdist.config import TrainingSection
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
-from capdist.models.encoder import Backbone, Encoder
 from capdist.training.optimization import build_optimizer, schedule, set_learning_rate
+from tests.models import tiny_model
 
 
 def _model(*, tied: bool = False, trainable_from: str | None = None) -> CaptionModel:
-    torch.manual_seed(0)
     layers = OrderedDict(layer1=nn.Conv2d(3, 4, 1), layer2=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
-    encoder = Encoder(Backbone(nn.Sequential(layers), 4, (0.5,) * 3, (0.5,) * 3), trainable_from=trainable_from)
-    decoder = SoftAttentionDecoder(
-        feature_size=3, vocab_size=9, embed_size=5, hidden_size=5, attention_size=4,
-        dropout=0.0, gate=True, tie_weights=tied, pad_id=0,
-    )  # fmt: skip
-    return CaptionModel(encoder, decoder, 3)
+    return tiny_model(
+        channels=4, projection=3, layers=layers, encoder={"trainable_from": trainable_from}, tie_weights=tied
+    )
 
 
 def _settings(model: CaptionModel, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -10,23 +9,23 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from capdist.config import Recipe, ScstSection
 from capdist.data.batches import CaptionBatch, Collator, Sample
 from capdist.data.captions import reference_ids
 from capdist.data.features import FeatureStore
-from capdist.data.images import Preprocessing
 from capdist.decoding import SearchOptions, greedy_search
 from capdist.metrics.rewards import CaptionReward
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
-from capdist.models.encoder import Backbone, Encoder
 from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
+from capdist.training.objectives import CrossEntropy
 from capdist.training.self_critical import SelfCritical
+from capdist.training.source import StoredFeatures
 from capdist.training.step import TrainStep
 from tests.conftest import reset_accelerate
+from tests.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -37,7 +36,6 @@ CAPTIONS = [
     [["grass"], ["a", "dog", "sits", "on", "grass"]],
 ]
 IMAGES, CELLS, CHANNELS = 3, 4, 6
-PREPROCESSING = Preprocessing(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 OPTIONS = SearchOptions(bos_id=1, eos_id=2, pad_id=0, beam_size=1, max_length=6)
 
 
@@ -51,14 +49,8 @@ def _store() -> FeatureStore:
 
 
 def _model(dropout: float = 0.0) -> CaptionModel:
-    torch.manual_seed(0)
-    layers = OrderedDict(layer1=nn.Conv2d(3, CHANNELS, 4, stride=4))
-    backbone = Backbone(nn.Sequential(layers), CHANNELS, PREPROCESSING.mean, PREPROCESSING.std)
-    decoder = SoftAttentionDecoder(
-        feature_size=CHANNELS, vocab_size=len(VOCABULARY), embed_size=8, hidden_size=16, attention_size=8,
-        dropout=dropout, gate=True, tie_weights=False, pad_id=0,
-    )  # fmt: skip
-    return CaptionModel(Encoder(backbone), decoder, None).double()
+    model = tiny_model(channels=CHANNELS, vocab_size=len(VOCABULARY), hidden_size=16, dropout=dropout)
+    return model.double()
 
 
 def _reward(**weights: float) -> CaptionReward:
@@ -72,11 +64,18 @@ def _batch(images: tuple[int, ...] = (2, 0, 1), *, filler: bool = False) -> Capt
     return batch
 
 
+def _critic(model: CaptionModel, words: dict[int, int] | None = None, **section: Any) -> SelfCritical:
+    source = StoredFeatures(_store(), torch.device("cpu"))
+    return SelfCritical(
+        model, _reward(), ScstSection(**section), OPTIONS, source, Accelerator(cpu=True), mirrored_words=words
+    )
+
+
 def _sampled(seed: int = 0, model: CaptionModel | None = None, **section: Any) -> tuple[CaptionBatch, float, int]:
     batch = _batch()
-    critic = SelfCritical((model or _model()).eval(), _reward(), ScstSection(**section), OPTIONS)
+    critic = _critic((model or _model()).eval(), **section)
     torch.manual_seed(seed)
-    return critic(batch, _store().features(batch.feature_rows))
+    return critic.sample(batch, _store().features(batch.feature_rows))
 
 
 def _captions(batch: CaptionBatch) -> list[list[int]]:
@@ -113,9 +112,9 @@ def test_samples_of_mirrored_photos_are_scored_as_what_they_mean() -> None:
     """Here dog and cat are each other's mirror image."""
     dog, cat = VOCABULARY.encode(["dog", "cat"])
     batch = replace(_batch(), mirrored=torch.tensor([True, False, True]))
-    critic = SelfCritical(_model().eval(), _reward(), ScstSection(samples=6), OPTIONS, {dog: cat, cat: dog})
+    critic = _critic(_model().eval(), {dog: cat, cat: dog}, samples=6)
     torch.manual_seed(1)
-    made, reward_sum, _ = critic(batch, _store().features(batch.feature_rows))
+    made, reward_sum, _ = critic.sample(batch, _store().features(batch.feature_rows))
     captions, swap = _captions(made), {dog: cat, cat: dog}
     assert any({dog, cat} & set(caption) for caption in (*captions[:6], *captions[12:]))
     meant = [c if 6 <= row < 12 else [swap.get(w, w) for w in c] for row, c in enumerate(captions)]
@@ -162,9 +161,7 @@ def test_references_may_be_learned_along() -> None:
 
 def test_a_filler_has_no_weight() -> None:
     batch = _batch((1,), filler=True)
-    made, reward_sum, num_samples = SelfCritical(_model().eval(), _reward(), ScstSection(), OPTIONS)(
-        batch, _store().features(batch.feature_rows)
-    )
+    made, reward_sum, num_samples = _critic(_model().eval()).sample(batch, _store().features(batch.feature_rows))
     assert (reward_sum, num_samples, made.num_tokens, made.num_captions) == (0.0, 0, 0, 0)
     assert set(made.lengths) == {0}
     model = _model()
@@ -189,8 +186,8 @@ def _step(model: CaptionModel, kind: type = torch.optim.SGD, lr: float = 1.0, **
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=lr)
     prepared, wrapped = accelerator.prepare(model.eval(), optimizer)
     recipe = Recipe(training={"stage": "scst", "clip_norm": None}, scst=section)
-    critic = SelfCritical(model, _reward(), recipe.scst, OPTIONS)
-    return TrainStep(accelerator, prepared, wrapped, recipe, PREPROCESSING, _store(), critic)
+    critic = _critic(model, **section)
+    return TrainStep(accelerator, prepared, wrapped, recipe, critic.source, critic)
 
 
 def test_the_gradient_is_that_of_reinforce() -> None:
@@ -199,15 +196,14 @@ def test_the_gradient_is_that_of_reinforce() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     sampled: list[CaptionBatch] = []
     step = _step(model, samples=3)
-    critic = step.self_critical
-    assert critic is not None
+    prepare = step.objective.prepare
 
-    def watched(batch: CaptionBatch, features: Tensor) -> Any:
-        made = critic(batch, features)
-        sampled.append(made.batch)
+    def watched(step: int, window: Any) -> Any:
+        made = prepare(step, window)
+        sampled.extend(made.batches)
         return made
 
-    step.self_critical = watched  # type: ignore[assignment]
+    step.objective.prepare = watched  # type: ignore[method-assign]
     report = step(0, [_batch()])
     change = {name: before[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -259,6 +255,6 @@ def test_steps_raise_the_reward() -> None:
 def test_other_batches_have_no_reward() -> None:
     model = _model()
     step = _step(model)
-    step.self_critical = None
+    step.objective = CrossEntropy(Recipe())
     report = step(0, [_batch()])
     assert (report.reward_sum, report.num_samples) == (0.0, 0)

@@ -19,11 +19,12 @@ from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing
 from capdist.errors import NumericsError
 from capdist.models.caption_model import CaptionModel
-from capdist.models.decoder import SoftAttentionDecoder
-from capdist.models.encoder import Backbone, Encoder
 from capdist.training.launch import build_accelerator
+from capdist.training.objectives import CrossEntropy, cross_entropy, doubly_stochastic, word_presence
+from capdist.training.source import EncodedPhotos, FeatureSource, StoredFeatures
 from capdist.training.step import MOST_SKIPPED_STEPS, TrainStep
 from tests.conftest import reset_accelerate
+from tests.models import read, tiny_model
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
@@ -44,15 +45,12 @@ def _features() -> np.ndarray[Any, Any]:
 
 
 def _model(dropout: float = 0.0, **encoder: Any) -> CaptionModel:
-    torch.manual_seed(0)
     layers = OrderedDict(layer1=nn.Conv2d(3, CHANNELS, 4, stride=4), bn1=nn.BatchNorm2d(CHANNELS))
-    backbone = Backbone(nn.Sequential(layers), CHANNELS, PREPROCESSING.mean, PREPROCESSING.std)
-    decoder = SoftAttentionDecoder(
-        feature_size=5, vocab_size=VOCABULARY, embed_size=8, hidden_size=8, attention_size=8,
-        dropout=dropout, gate=True, tie_weights=True, pad_id=0,
+    model = tiny_model(
+        channels=CHANNELS, vocab_size=VOCABULARY, projection=5, layers=layers, encoder=encoder,
+        dropout=dropout, tie_weights=True,
     )  # fmt: skip
-    model = CaptionModel(Encoder(backbone, **encoder), decoder, 5)
-    model.add_word_head()
+    model.add_word_head(dropout)
     return model.double()
 
 
@@ -87,8 +85,26 @@ def _step(
     optimizer = optimizer or torch.optim.SGD(parameters, lr=1.0)
     accelerator = Accelerator(cpu=True)
     prepared, wrapped = accelerator.prepare(model.train(), optimizer)
-    store = _DoubleStore(_features() if features is None else features)
-    return TrainStep(accelerator, prepared, wrapped, recipe or _recipe(), PREPROCESSING, store), optimizer
+    source = _stored(_DoubleStore(_features() if features is None else features))
+    return _train_step(accelerator, prepared, wrapped, source, recipe), optimizer
+
+
+def _stored(store: FeatureStore) -> StoredFeatures:
+    return StoredFeatures(store, torch.device("cpu"))
+
+
+def _train_step(
+    accelerator: Accelerator, model: Any, optimizer: Any, source: FeatureSource, recipe: Recipe | None = None
+) -> TrainStep:
+    recipe = recipe or _recipe()
+    return TrainStep(accelerator, model, optimizer, recipe, source, CrossEntropy(recipe))
+
+
+def _loss(model: CaptionModel, batch: CaptionBatch, features: Tensor) -> Tensor:
+    """Return the loss of `_recipe`."""
+    output, labels = read(model, batch.input_ids, batch.labels, features=features), batch.labels
+    smoothed = cross_entropy(output, labels, label_smoothing=0.1)
+    return smoothed + 0.3 * doubly_stochastic(output, labels) + 0.2 * word_presence(output, labels)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -123,9 +139,8 @@ def _expected_gradient() -> dict[str, Tensor]:
     model = _model()
     batch = _samples(range(IMAGES))
     features = torch.from_numpy(_features()).double()
-    cross_entropy, penalty, presence = model(batch.input_ids, batch.labels, features=features, label_smoothing=0.1)
     words = sum(sum(lengths) for lengths in LENGTHS)
-    ((cross_entropy + 0.3 * penalty + 0.2 * presence) / words).backward()
+    (_loss(model, batch, features) / words).backward()
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
 
 
@@ -166,7 +181,7 @@ def test_accumulation_of_the_environment_is_overruled(monkeypatch: pytest.Monkey
     accelerator = build_accelerator()
     prepared, wrapped = accelerator.prepare(model.train(), optimizer)
     before = _weights(model)
-    step = TrainStep(accelerator, prepared, wrapped, _recipe(), PREPROCESSING, _DoubleStore(_features()))
+    step = _train_step(accelerator, prepared, wrapped, _stored(_DoubleStore(_features())))
     step(0, [_samples([0, 1, 2]), _samples([3, 4, 5])])
     for name, values in _expected_gradient().items():
         torch.testing.assert_close(before[name] - model.get_parameter(name), values, rtol=1e-5, atol=1e-8)
@@ -178,13 +193,10 @@ def test_report_counts_the_whole_window() -> None:
     window = [_samples([0, 1]), _samples([2]), _samples([4])]
     store = _DoubleStore(_features())
     with torch.no_grad():
-        losses = [
-            model(b.input_ids, b.labels, features=store.features(b.feature_rows), label_smoothing=0.1) for b in window
-        ]
+        expected = sum(float(_loss(model, batch, store.features(batch.feature_rows))) for batch in window)
     report = step(0, window)
     assert report.num_tokens == 3 + 7 + 1 + 5 + 9 + 1 + 4
     assert report.num_captions == 3 + 1 + 0 + 3
-    expected = sum(float(ce + 0.3 * penalty + 0.2 * presence) for ce, penalty, presence in losses)
     assert report.loss_sum.item() == pytest.approx(expected, rel=1e-6)
     assert report.stop is False
     assert step(1, window, stop_requested=True).stop
@@ -263,7 +275,7 @@ def test_warm_up_changes_nothing(batch_norm: Any) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     accelerator = Accelerator(cpu=True)
     prepared, wrapped = accelerator.prepare(model.train(), optimizer)
-    step = TrainStep(accelerator, prepared, wrapped, _recipe(), PREPROCESSING, None)
+    step = _train_step(accelerator, prepared, wrapped, EncodedPhotos([], PREPROCESSING, accelerator))
     before = _bits(model)
     step.warm_up(_samples([0, 1], photos=True))
     assert _bits(model) == before
@@ -283,15 +295,15 @@ def test_photos_and_their_features_give_the_same_step() -> None:
         model = _model().float().train()
         batch = _samples([0, 3, 5], photos=True)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-        store = None
+        accelerator = Accelerator(cpu=True)
+        source: FeatureSource = EncodedPhotos([], PREPROCESSING, accelerator)
         if cached:
             array = np.zeros((IMAGES, CELLS, CHANNELS), dtype=np.float32)
             assert batch.images is not None
             array[[0, 3, 5]] = model.encode((batch.images.float() / 255 - 0.5) / 0.25).numpy()
-            store = FeatureStore(array)
-        accelerator = Accelerator(cpu=True)
+            source = _stored(FeatureStore(array))
         prepared, wrapped = accelerator.prepare(model, optimizer)
-        TrainStep(accelerator, prepared, wrapped, _recipe(), PREPROCESSING, store)(0, [batch])
+        _train_step(accelerator, prepared, wrapped, source)(0, [batch])
         after.append(_weights(model))
     for name, values in after[0].items():
         torch.testing.assert_close(after[1][name], values, rtol=1e-5, atol=1e-6)
@@ -307,7 +319,7 @@ def test_a_run_whose_every_fp16_step_overflows_is_ended(fused: bool) -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
     prepared, wrapped = accelerator.prepare(model.train(), optimizer)
-    step = TrainStep(accelerator, prepared, wrapped, _recipe(), PREPROCESSING, FeatureStore(features))
+    step = _train_step(accelerator, prepared, wrapped, _stored(FeatureStore(features)))
     before = _weights(model)
     batch = _samples([0, 1])
     for index in range(MOST_SKIPPED_STEPS):
