@@ -6,10 +6,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from capdist.version import __version__
+
 if TYPE_CHECKING:
     from capdist.inference.captioner import Caption, Captioner
 
-__version__ = "0.1.0"
 __all__ = ["Caption", "Captioner", "__version__"]
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capdist import __version__
 from capdist.errors import DataError, UsageError, run_program
+from capdist.version import __version__
 
 if TYPE_CHECKING:
     from capdist.inference.captioner import Caption, Captioner
@@ -68,7 +68,7 @@ def _options(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def train(context: typer.Context) -> None:
     """Train: starts `accelerate launch` and hands its exit code on. `capdist train --help` lists the options."""
-    from capdist.launcher import launch_training
+    from capdist.commands.train import launch_training
 
     raise typer.Exit(launch_training(context.args))
 
@@ -95,7 +95,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Caption a split, free-running, and score it. Also under `accelerate launch -m capdist.cli evaluate …`."""
-    from capdist.inference.evaluate_folder import evaluate_folder
+    from capdist.commands.evaluate import evaluate_folder
 
     evaluate_folder(
         model,
@@ -186,8 +186,8 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Read every caption and every photo of a recipe once, and list what is wrong; exits with 3 if anything is."""
-    from capdist.data.check_recipe import check_recipe
-    from capdist.recipe_file import load_stages
+    from capdist.commands.check import check_recipe
+    from capdist.recipe.reading import load_stages
     from capdist.training.setup import check_networks
 
     stages = load_stages(config, overrides or ())
@@ -202,11 +202,11 @@ def features(
     debug: Debug = False,
 ) -> None:
     """Encode every photo of a recipe into the cache. Also under `accelerate launch -m capdist.cli features …`."""
-    from capdist.processor import spin_briefly
-    from capdist.recipe_file import load_recipe
+    from capdist.distributed.process import spin_briefly
+    from capdist.recipe.reading import load_recipe
 
     spin_briefly()
-    from capdist.training.fill_cache import fill_cache
+    from capdist.commands.features import fill_cache
 
     fill_cache(load_recipe(config, overrides or ()))
 
@@ -242,10 +242,10 @@ def benchmark(
     debug: Debug = False,
 ) -> None:
     """Measure speed side by side with a plain implementation and with what this machine can do."""
-    from capdist.processor import spin_briefly
+    from capdist.distributed.process import spin_briefly
 
     spin_briefly()
-    from capdist.benchmark.command import load_sizes, run_benchmarks
+    from capdist.commands.benchmark import load_sizes, run_benchmarks
 
     names = [argument for argument in arguments or () if "=" not in argument]
     run_benchmarks(

@@ -15,8 +15,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from capdist import __version__
-from capdist.config import (
+from capdist.data.images import Preprocessing
+from capdist.decoding import SearchOptions
+from capdist.errors import CapdistError, CheckpointError, StorageError, reason_of, show_value
+from capdist.files import set_aside, staged_folder, write_atomically
+from capdist.models.caption_model import CaptionModel, build_model
+from capdist.recipe.sections import (
     BeamSize,
     Consensus,
     DecoderSection,
@@ -27,12 +31,8 @@ from capdist.config import (
     Positive,
     Section,
 )
-from capdist.data.images import Preprocessing
-from capdist.decoding import SearchOptions
-from capdist.errors import CapdistError, CheckpointError, StorageError, reason_of, show_value
-from capdist.files import set_aside, staged_folder, write_atomically
-from capdist.models.caption_model import CaptionModel, build_model
 from capdist.text.vocabulary import Vocabulary
+from capdist.version import __version__
 
 FORMAT = 1
 SEARCH_KEYS = ("beam_size", "length_penalty", "no_repeat_ngram", "min_length", "consensus")

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # started as a file: this folder must not be where imports are looked up first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from capdist.config import Recipe
+from capdist.distributed.process import spin_briefly
 from capdist.errors import run_program
-from capdist.processor import spin_briefly
-from capdist.recipe_file import load_stages, save_recipe
+from capdist.recipe.reading import load_stages, save_recipe
+from capdist.recipe.sections import Recipe
 
 if TYPE_CHECKING:
-    from capdist.training.launch import Accelerator
+    from capdist.distributed.launch import Accelerator
 
 spin_briefly()
 
@@ -78,7 +78,7 @@ def train(stages: Sequence[Recipe], *, resume: bool = False) -> TrainResult:
     Raises:
         CapdistError: the class says what kind of thing went wrong.
     """
-    from capdist.training import launch
+    from capdist.distributed import launch
     from capdist.training.setup import check_networks, find_runs, refuse_to_overwrite, refuse_to_skip
 
     accelerator = launch.build_accelerator(stages[0])
@@ -110,13 +110,15 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
         CapdistError: the class says what kind of thing went wrong.
     """
     from capdist.data.images import Preprocessing
-    from capdist.data.prepared import prepare
-    from capdist.inference.report import final_report
+    from capdist.data.splits import prepare
+    from capdist.distributed import launch
+    from capdist.distributed.stopping import StopSignals
+    from capdist.evaluation.evaluator import Evaluator
+    from capdist.evaluation.report import final_report
+    from capdist.features.filling import encode_splits
+    from capdist.features.source import feature_sources
     from capdist.model_folder import search_options
-    from capdist.training import launch
     from capdist.training.checkpoints import find_checkpoint
-    from capdist.training.encoding import encode_splits
-    from capdist.training.evaluation import Evaluator
     from capdist.training.loop import Loop
     from capdist.training.optimization import build_optimizer
     from capdist.training.setup import (
@@ -127,8 +129,6 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
         refuse_to_overwrite,
         show_start,
     )
-    from capdist.training.source import feature_sources
-    from capdist.training.stopping import StopSignals
     from capdist.training.tracking import Tracking
 
     folder = recipe.run_folder

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from capdist.config import DecoderSection
 from capdist.models import DECODERS
 from capdist.models.caption_model import CaptionModel, Output
 from capdist.models.decoder import Decoder
 from capdist.models.encoder import Backbone, Encoder
+from capdist.recipe.sections import DecoderSection
 from capdist.text.vocabulary import IGNORED_LABEL
 from capdist.training.objectives import cross_entropy
 

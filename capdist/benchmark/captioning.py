@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capdist.benchmark import textbook
 from capdist.benchmark.measure import matrix_product, shares_of_time, time_in_turns
 from capdist.benchmark.report import Row, Table
-from capdist.benchmark.workload import Workload, textbook
-from capdist.data.prepared import get_split, read_source
+from capdist.benchmark.workload import Workload
+from capdist.data.splits import get_split, read_source
 from capdist.decoding import SearchOptions, search
+from capdist.features.filling import encode_splits
 from capdist.model_folder import load_pretrained, search_options
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.encoding import encode_splits
 
 MADE_UP_LENGTH = 11
 """Words of a caption of the network with random weights: the mean of Flickr8k's."""
@@ -43,8 +44,9 @@ def caption(
     options = replace(options, length_penalty=0.0, no_repeat_ngram=0, consensus=None)
     num_plain = min(num_plain, len(features))
     device, size = work.accelerator.device, work.recipe.evaluation.batch_size
-    network, plain = work.model.eval(), textbook()
-    decoder = plain.decoder_like(network.decoder).eval() if num_plain else None
+    network = work.model.eval()
+    decoder = textbook.decoder_like(network.decoder).eval() if num_plain else None
+    first = features[:num_plain]
     found: dict[str, list[tuple[list[int], float]]] = {}
 
     @torch.inference_mode()
@@ -56,9 +58,10 @@ def caption(
 
     @torch.inference_mode()
     def plainly() -> None:
+        assert decoder is not None
         with work.accelerator.autocast():
             found["textbook"] = [
-                plain.beam_search(decoder, _as_textbook(work, image.float()), options) for image in features[:num_plain]
+                textbook.beam_search(decoder, _as_textbook(work, image.float()), options) for image in first
             ]
 
     functions: dict[str, Callable[[], object]] = {"matrix product": matrix_product(device, work.dtype)}
@@ -87,7 +90,7 @@ def _as_textbook(work: Workload, features: Tensor) -> Tensor:
     side = round(len(features) ** 0.5)
     projected = work.model.projection(features)
     grid = projected.T.unflatten(1, (side, side))[None]
-    pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(grid, textbook().GRID)
+    pooled: Tensor = torch.nn.functional.adaptive_avg_pool2d(grid, textbook.GRID)
     return pooled.flatten(2).transpose(1, 2)
 
 

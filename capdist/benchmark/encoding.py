@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from capdist.benchmark import textbook
 from capdist.benchmark.measure import count_flops, matrix_product, time_in_turns
 from capdist.benchmark.report import Row, Table
-from capdist.benchmark.workload import DTYPES, PHOTO_SIZE, Workload, made_up_photos, textbook
+from capdist.benchmark.workload import DTYPES, PHOTO_SIZE, Workload, made_up_photos
 from capdist.data.batches import PhotoDataset
 from capdist.data.loaders import photo_batches
-from capdist.data.prepared import get_split, read_source
+from capdist.data.splits import get_split, read_source
+from capdist.features.encoder_pass import EncoderPass, encoder_precision
 from capdist.models.encoder import build_backbone
-from capdist.models.encoder_pass import EncoderPass, encoder_precision
 
 
 def encode(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool) -> Table:
@@ -119,19 +120,16 @@ def _own_input(work: Workload, photos: Sequence[dict[str, Any]]) -> Iterator[Ten
 
 
 def _plain_loader(work: Workload, photos: Sequence[dict[str, Any]]) -> DataLoader[Tensor]:
-    made, plain = work.preprocessing, textbook()
+    made = work.preprocessing
     paths = [photo["path"] for photo in photos]
-    dataset = plain.PhotoDataset(paths, made.image_size, made.mean, made.std)
-    num_workers = work.recipe.data.num_workers
-    # A module loaded from its path is not found by processes that start from nothing.
-    context = "fork" if num_workers else None
-    return DataLoader(dataset, batch_size=32, num_workers=num_workers, multiprocessing_context=context)
+    dataset = textbook.PhotoDataset(paths, made.image_size, made.mean, made.std)
+    return DataLoader(dataset, batch_size=32, num_workers=work.recipe.data.num_workers)
 
 
 def _plain_loop(work: Workload, photos: Sequence[dict[str, Any]]) -> Callable[[], object]:
     encoder, device = work.recipe.encoder, work.accelerator.device
     network = build_backbone(encoder.name, encoder.stage).network
-    plain = textbook().Encoder(network).to(device).eval()
+    plain = textbook.Encoder(network).to(device).eval()
     loader = _plain_loader(work, photos)
 
     @torch.no_grad()

@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from capdist.benchmark import textbook
 from capdist.benchmark.measure import Timing, count_flops, matrix_product, shares_of_time, time_in_turns
 from capdist.benchmark.report import Row, Table
-from capdist.benchmark.workload import Workload, made_up_captions, made_up_features, textbook
+from capdist.benchmark.workload import Workload, made_up_captions, made_up_features
 from capdist.data.batches import CaptionBatch, CaptionDataset
-from capdist.data.features import FeatureStore
 from capdist.data.loaders import Plan, training_batches
+from capdist.features.source import StoredFeatures
+from capdist.features.store import FeatureStore
 from capdist.training.objectives import CrossEntropy
 from capdist.training.optimization import build_optimizer
-from capdist.training.source import StoredFeatures
 from capdist.training.step import TrainStep
 
 TEXTBOOK_BATCH = 32
@@ -104,8 +105,10 @@ def _own_step(training: Training) -> tuple[Callable[[], object], float]:
 
 def _textbook_step(work: Workload) -> Callable[[], object]:
     device = work.accelerator.device
-    plain, decoder = textbook(), work.model.decoder
-    network: Any = plain.Captioner(work.model.projection, plain.decoder_like(decoder, work.recipe.decoder.dropout))
+    decoder = work.model.decoder
+    network: Any = textbook.Captioner(
+        work.model.projection, textbook.decoder_like(decoder, work.recipe.decoder.dropout)
+    )
     network.to(device).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
     table = made_up_captions(TEXTBOOK_BATCH * DIFFERENT_BATCHES, work.recipe.text.max_length)
@@ -113,12 +116,12 @@ def _textbook_step(work: Workload) -> Callable[[], object]:
     plan = Plan.build(table, captions_per_image=1, batch_size=TEXTBOOK_BATCH, num_processes=1, accumulation=1, seed=0)
     loader = training_batches(dataset, plan, 0, range(DIFFERENT_BATCHES), num_workers=0, pin_memory=False)
     batches = itertools.cycle([batch.to(device) for batch in loader])
-    features = torch.randn(TEXTBOOK_BATCH, plain.GRID**2, work.channels, device=device).relu()
+    features = torch.randn(TEXTBOOK_BATCH, textbook.GRID**2, work.channels, device=device).relu()
 
     def step() -> None:
         batch = next(batches)
         with work.accelerator.autocast():
-            plain.train_step(
+            textbook.train_step(
                 network, optimizer, features, batch.input_ids, batch.labels, torch.tensor(batch.lengths, device=device)
             )
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
 from PIL import Image
 
-from capdist.config import Recipe
 from capdist.data.captions import CaptionTable
 from capdist.data.images import Preprocessing
+from capdist.distributed.launch import Accelerator
 from capdist.models.caption_model import CaptionModel, build_model
+from capdist.recipe.sections import Recipe
 from capdist.text.vocabulary import Vocabulary
 
 FLICKR8K_LENGTHS = {
@@ -111,18 +107,3 @@ def made_up_photos(folder: Path, count: int) -> list[Path]:
         coarse = generator.integers(0, 256, size=(48, 64, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(PHOTO_SIZE, Image.Resampling.BICUBIC).save(path, quality=95)
     return paths
-
-
-@cache
-def textbook() -> ModuleType:
-    """Load `benchmarks/textbook.py`, from a checkout or from inside an installed package."""
-    here = Path(__file__).resolve().parents[1]
-    folders = (here / "benchmarks", here.parent / "benchmarks")
-    path = next(file for file in (folder / "textbook.py" for folder in folders) if file.exists())
-    spec = importlib.util.spec_from_file_location("capdist_textbook", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # workers of its loader look it up by name
-    spec.loader.exec_module(module)
-    return module

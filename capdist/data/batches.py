@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from capdist.config import Recipe
 from capdist.data.captions import CaptionTable, seed_of
 from capdist.data.images import Augmentation, Preprocessing, build_augmentation, open_photo, to_tensor
 from capdist.errors import DataError
+from capdist.recipe.sections import Recipe
 from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
 
 Unreadable = DataError | OSError

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from capdist.config import DataSection
 from capdist.errors import DataError
+from capdist.recipe.sections import DataSection
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 """Formats that are opened, whatever a file is called: a short list leaves the decoders that nobody needs unreached."""

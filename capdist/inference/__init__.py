@@ -1,1 +1,1 @@
-"""Captions for photos: the `Captioner`, pictures of what it looked at, and the report of a run."""
+"""Captions for photos with a trained model; needs nothing that trains."""

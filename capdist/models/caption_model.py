@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capdist.config import DecoderSection, EncoderSection
 from capdist.models import DECODERS
 from capdist.models.decoder import Decoder
 from capdist.models.encoder import Encoder, build_backbone
+from capdist.recipe.sections import DecoderSection, EncoderSection
 
 Rewrite = Callable[[Decoder[Any], Tensor, Tensor, Sequence[int]], Tensor]
 """Takes decoder, features (B, N, C), input ids (B·R, T) and their lengths; returns the ids to read instead."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capdist.config import DecoderSection
 from capdist.models.attention import AdditiveAttention, Look, Memory
 from capdist.models.decoder import Decoder, Reading, rows_of
 from capdist.models.deferred import StepLinear
 from capdist.models.packing import Packing
+from capdist.recipe.sections import DecoderSection
 
 Products = tuple[StepLinear, StepLinear]
 """The layers that every step applies: one to the hidden state, one to the context."""

@@ -21,12 +21,12 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from capdist.config import Recipe
+from capdist.distributed.launch import Accelerator, on_main
 from capdist.errors import CheckpointError, reason_of
 from capdist.files import staged_folder
 from capdist.model_folder import SEARCH_KEYS, sha256
+from capdist.recipe.sections import Recipe
 from capdist.training.averaging import WeightAverage
-from capdist.training.launch import Accelerator, on_main
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 AVERAGE = "average.safetensors"

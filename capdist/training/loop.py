@@ -17,13 +17,17 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch, CaptionDataset, Collator, build_views
 from capdist.data.images import Preprocessing, build_augmentation
 from capdist.data.loaders import Plan, training_batches
-from capdist.data.prepared import PreparedData
+from capdist.data.splits import PreparedData
+from capdist.distributed.launch import on_main
+from capdist.distributed.stopping import StopSignals
+from capdist.evaluation.evaluator import Evaluator
+from capdist.features.source import FeatureSource
 from capdist.model_folder import SEARCH_KEYS, TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
+from capdist.recipe.sections import Recipe
 from capdist.training import OBJECTIVES
 from capdist.training.averaging import WeightAverage
 from capdist.training.checkpoints import (
@@ -34,12 +38,8 @@ from capdist.training.checkpoints import (
     read_state,
     save_checkpoint,
 )
-from capdist.training.evaluation import Evaluator
-from capdist.training.launch import on_main
 from capdist.training.optimization import set_learning_rate
-from capdist.training.source import FeatureSource
 from capdist.training.step import StepReport, TrainStep
-from capdist.training.stopping import StopSignals
 from capdist.training.tracking import Tracking
 
 logger = logging.getLogger(__name__)

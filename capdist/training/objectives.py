@@ -16,13 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch
-from capdist.data.prepared import PreparedData
+from capdist.data.splits import PreparedData
+from capdist.features.source import FeatureSource
 from capdist.models.caption_model import CaptionModel, Output, Rewrite
 from capdist.models.decoder import Decoder
+from capdist.recipe.sections import Recipe
 from capdist.text.vocabulary import IGNORED_LABEL
-from capdist.training.source import FeatureSource
 
 
 @dataclass(frozen=True)

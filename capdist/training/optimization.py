@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from capdist.config import TrainingSection
 from capdist.models.caption_model import CaptionModel
+from capdist.recipe.sections import TrainingSection
 
 
 def build_optimizer(model: CaptionModel, training: TrainingSection) -> torch.optim.Optimizer:

@@ -18,16 +18,16 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from capdist.config import Recipe, ScstSection
 from capdist.data.batches import CaptionBatch, caption_rows
 from capdist.data.captions import reference_ids, seed_of, tokenize_images
-from capdist.data.prepared import PreparedData
+from capdist.data.splits import PreparedData
 from capdist.decoding import SearchOptions, SearchResult, greedy_search, sample
+from capdist.features.source import FeatureSource
 from capdist.metrics.rewards import CaptionReward
 from capdist.models.caption_model import CaptionModel, Output
+from capdist.recipe.sections import Recipe, ScstSection
 from capdist.text.vocabulary import IGNORED_LABEL
 from capdist.training.objectives import Objective, Window, cross_entropy
-from capdist.training.source import FeatureSource
 
 
 class Sampled(NamedTuple):

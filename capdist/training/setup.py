@@ -14,14 +14,14 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from capdist import __version__
-from capdist.config import Recipe
 from capdist.data.captions import seed_of
-from capdist.data.features import weights_digest
-from capdist.data.prepared import PreparedData
+from capdist.data.splits import PreparedData
+from capdist.distributed.launch import on_main
 from capdist.errors import CheckpointError, UsageError
+from capdist.features.store import weights_digest
 from capdist.model_folder import TrainedModel, load_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
+from capdist.recipe.sections import Recipe
 from capdist.text.vocabulary import Vocabulary
 from capdist.training import OBJECTIVES
 from capdist.training.checkpoints import (
@@ -32,8 +32,8 @@ from capdist.training.checkpoints import (
     read_state,
     recipe_differences,
 )
-from capdist.training.launch import on_main
 from capdist.training.tracking import LOG
+from capdist.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch
 from capdist.data.captions import seed_of
 from capdist.errors import NumericsError
+from capdist.features.source import FeatureSource
 from capdist.models.caption_model import Output
+from capdist.recipe.sections import Recipe
 from capdist.training.objectives import Objective, Window
-from capdist.training.source import FeatureSource
 
 MOST_SKIPPED_STEPS = 30
 """Steps in a row that fp16 scaling may skip: from its start at 2^16 it is halved at each, far below any use by then."""

@@ -14,8 +14,8 @@ from urllib.request import getproxies
 
 from accelerate import Accelerator
 
-from capdist.config import Recipe
 from capdist.files import write_atomically
+from capdist.recipe.sections import Recipe
 
 LOG = "log.jsonl"
 logger = logging.getLogger(__name__)

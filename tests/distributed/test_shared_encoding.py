@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from capdist.recipe_file import load_recipe
-from capdist.training.fill_cache import fill_cache
+from capdist.commands.features import fill_cache
+from capdist.recipe.reading import load_recipe
 from tests.conftest import draw_photos
 from tests.processes import REPOSITORY, SMALL, check_finished, launch, run
 

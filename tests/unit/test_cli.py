@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from capdist import cli
-from capdist.config import DecoderSection, EncoderSection
 from capdist.data.images import Preprocessing
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import build_model
+from capdist.recipe.sections import DecoderSection, EncoderSection
 from capdist.text.vocabulary import Vocabulary
 from tests.conftest import draw_photos
 from tests.processes import REPOSITORY

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from capdist.config import Recipe, recipe_keys
 from capdist.errors import UsageError
-from capdist.recipe_file import load_recipe, load_stages, recipe_from_dict, save_recipe
+from capdist.recipe.reading import load_recipe, load_stages, recipe_from_dict, save_recipe
+from capdist.recipe.sections import Recipe, recipe_keys
 
 ROOT = Path(__file__).parents[2]
 KEYS = sorted(recipe_keys())

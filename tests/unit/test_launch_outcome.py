@@ -15,7 +15,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from capdist import launcher
+from capdist.commands import train as launcher
 from capdist.errors import CapdistError, ProcessError, Stopped, UsageError
 from capdist.train import parse_arguments
 
@@ -105,7 +105,7 @@ def test_the_help_tells_of_options_of_accelerate(capsys: pytest.CaptureFixture[s
 
 PARENT = """
 import os, signal, subprocess, sys, time
-from capdist.launcher import _Signals
+from capdist.commands.train import _Signals
 
 signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "ignoring" else signal.SIG_DFL)
 signals = _Signals()

@@ -19,11 +19,10 @@ import yaml
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from capdist.config import DecoderSection, EncoderSection, EvaluationSection
+from capdist.commands.evaluate import evaluate_folder
 from capdist.data.images import Preprocessing
 from capdist.errors import CapdistError, CheckpointError, StorageError, UsageError
 from capdist.inference.captioner import Captioner
-from capdist.inference.evaluate_folder import evaluate_folder
 from capdist.model_folder import (
     SEARCH_KEYS,
     TrainedModel,
@@ -33,6 +32,7 @@ from capdist.model_folder import (
     update_metrics,
 )
 from capdist.models.caption_model import build_model
+from capdist.recipe.sections import DecoderSection, EncoderSection, EvaluationSection
 from capdist.text.vocabulary import Vocabulary
 from tests.conftest import draw_photos
 

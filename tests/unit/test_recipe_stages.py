@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capdist.errors import UsageError
-from capdist.recipe_file import load_recipe, load_stages, save_recipe
+from capdist.recipe.reading import load_recipe, load_stages, save_recipe
 from capdist.training.setup import check_networks
 
 RECIPE = """

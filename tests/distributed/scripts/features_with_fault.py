@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from capdist import cli  # noqa: E402
-from capdist.data import features  # noqa: E402
 from capdist.errors import DataError  # noqa: E402
+from capdist.features import store as features  # noqa: E402
 
 rank = os.environ.get("RANK", "0")
 put, flush = features.StoreWriter.put, features.StoreWriter.flush

@@ -11,13 +11,13 @@ from types import ModuleType
 import pytest
 
 from capdist.errors import UsageError
-from capdist.recipe_file import load_recipe, save_recipe
+from capdist.recipe.reading import load_recipe, save_recipe
 from tests.processes import REPOSITORY, run
 
 
 @pytest.fixture(scope="module")
 def ablations() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablations", REPOSITORY / "benchmarks" / "ablations.py")
+    spec = importlib.util.spec_from_file_location("ablations", REPOSITORY / "experiments" / "ablations.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -51,7 +51,7 @@ def test_a_score_is_not_taken_for_that_of_other_settings(tmp_path: Path) -> None
     (tmp_path / "rows.yaml").write_text("gate: [decoder.gate=true]\n")
     places = [str(tmp_path / "rows.yaml"), "--output-dir", str(tmp_path / "runs"), "--seeds", "0"]
     for more in (["--table"], ["--config", "configs/scenes.yaml", "training.epochs=5"]):
-        result = run(["benchmarks/ablations.py", *places, *more])
+        result = run(["experiments/ablations.py", *places, *more])
         assert result.returncode == 2
         assert result.stderr.splitlines() == [
             f"capdist: error: {tmp_path}/runs/gate-0: was trained with decoder.gate=False, not True; delete it, or "
@@ -70,7 +70,7 @@ def test_runs_of_other_settings_share_no_table(ablations: ModuleType, tmp_path: 
 def test_half_of_a_few_photos_is_not_half_of_all(tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text("base: []\n")
     rows = str(tmp_path / "rows.yaml")
-    result = run(["benchmarks/ablations.py", rows, "--config", "configs/scenes.yaml", "data.limit=10"])
+    result = run(["experiments/ablations.py", rows, "--config", "configs/scenes.yaml", "data.limit=10"])
     assert result.returncode == 2
     assert "data.limit: not here" in result.stderr
 
@@ -78,6 +78,6 @@ def test_half_of_a_few_photos_is_not_half_of_all(tmp_path: Path) -> None:
 def test_a_run_that_fails_is_told_by_the_exit_code(tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text("with 0.5: []\n")
     places = ["--config", "configs/scenes.yaml", "--output-dir", str(tmp_path / "runs"), "--seeds", "0"]
-    result = run(["benchmarks/ablations.py", str(tmp_path / "rows.yaml"), "encoder.name=resnet1", *places])
+    result = run(["experiments/ablations.py", str(tmp_path / "rows.yaml"), "encoder.name=resnet1", *places])
     assert result.returncode == 1
     assert f"with_0.5-0: failed, see {tmp_path}/runs/with_0.5-0.out" in result.stdout

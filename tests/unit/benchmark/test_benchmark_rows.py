@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from capdist.benchmark.command import _check
 from capdist.benchmark.encoding import load_input
 from capdist.benchmark.measure import Timing
 from capdist.benchmark.report import Row, Table
 from capdist.benchmark.training import TEXTBOOK_BATCH, textbook_epoch
-from capdist.config import Recipe
+from capdist.commands.benchmark import _check
 from capdist.data.images import Preprocessing
 from capdist.errors import CapdistError, DataError, UsageError
+from capdist.recipe.sections import Recipe
 
 
 def _input(**data: Any) -> Table:
@@ -31,10 +31,10 @@ def _input(**data: Any) -> Table:
 @pytest.mark.parametrize("name", ["train-step", "epoch"])
 @pytest.mark.parametrize("training", [{"stage": "scst"}, {"word_presence": 1.0}])
 def test_steps_that_would_not_be_the_recipes_are_not_measured(name: str, training: dict[str, Any]) -> None:
-    _check([name], Recipe(), None)
-    with pytest.raises(UsageError, match="measure cross-entropy of words"):
-        _check([name], Recipe(training=training), None)
-    _check(["caption"], Recipe(training=training), None)
+    _check([name], Recipe(), None, True)
+    with pytest.raises(UsageError, match="measure training.stage=cross_entropy"):
+        _check([name], Recipe(training=training), None, True)
+    _check(["caption"], Recipe(training=training), None, True)
 
 
 def test_without_a_path_photos_are_made_up_and_called_so() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import textbook
+from capdist.benchmark import textbook
 from capdist.decoding import SearchOptions, search
 from capdist.models.caption_model import CaptionModel
 from capdist.text.vocabulary import IGNORED_LABEL

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from capdist.config import Recipe
-from capdist.data.check_recipe import check_recipe
+from capdist.commands.check import check_recipe
 from capdist.data.checks import Report, check_data
 from capdist.data.sources import LoadedData, load_source
 from capdist.data.sources.records import Record, to_splits
 from capdist.errors import DataError
+from capdist.recipe.sections import Recipe
 
 
 def _decode(image: dict[str, Any]) -> Image.Image:

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from capdist.data import features as module
-from capdist.data.features import (
+from capdist.errors import DataError
+from capdist.features.digests import digest_photos
+from capdist.features.store import (
     FeatureStore,
     StoreWriter,
     claim_store,
@@ -28,8 +30,6 @@ from capdist.data.features import (
     store_key,
     weights_digest,
 )
-from capdist.data.photo_digests import digest_photos
-from capdist.errors import DataError
 
 SHAPE = (7, 9, 5)
 ABOUT = {"encoder": "resnet18", "rows": 7}

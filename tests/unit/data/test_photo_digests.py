@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from capdist.data.photo_digests import digest_photos
 from capdist.errors import DataError
+from capdist.features.digests import digest_photos
 
 HOUR_NS = 3600 * 10**9
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from capdist.config import DataSection, Recipe
-from capdist.data.prepared import get_split, get_splits, prepare, read_source
+from capdist.data.splits import get_split, get_splits, prepare, read_source
 from capdist.errors import DataError
+from capdist.recipe.sections import DataSection, Recipe
 from tests.conftest import draw_photos
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from capdist.inference.report import print_scores
+from capdist.evaluation.report import print_scores
 
 
 def test_captions_and_names_are_not_taken_for_markup(capsys: pytest.CaptureFixture[str]) -> None:

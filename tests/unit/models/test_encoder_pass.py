@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from capdist.config import EncoderSection
+from capdist.features.encoder_pass import EncoderPass, encoder_precision, has_fast_bfloat16
 from capdist.models.encoder import Encoder
-from capdist.models.encoder_pass import EncoderPass, encoder_precision, has_fast_bfloat16
+from capdist.recipe.sections import EncoderSection
 from tests.unit.models.backbones import as_backbone, cells, copy_of, make_backbone, photos
 
 

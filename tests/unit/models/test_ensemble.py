@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from capdist.config import DecoderSection, EncoderSection
 from capdist.data.images import Preprocessing
 from capdist.decoding import SearchOptions, SearchResult, search
 from capdist.errors import CheckpointError, UsageError
@@ -26,6 +25,7 @@ from capdist.model_folder import TrainedModel
 from capdist.models.caption_model import CaptionModel
 from capdist.models.encoder import Backbone, Encoder
 from capdist.models.ensemble import Ensemble
+from capdist.recipe.sections import DecoderSection, EncoderSection
 from capdist.text.vocabulary import Vocabulary
 from tests.models import tiny_decoder
 from tests.unit.models.plain_decoder import plain_caption

@@ -13,8 +13,8 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from capdist.features.encoder_pass import EncoderPass
 from capdist.models.encoder import Encoder
-from capdist.models.encoder_pass import EncoderPass
 from capdist.models.folding import find_pairs, join
 from tests.unit.models.backbones import as_backbone, cells, copy_of, make_backbone, photos, saved_bytes
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from capdist.config import Recipe
 from capdist.errors import UsageError
 from capdist.models.encoder import Backbone, Encoder
+from capdist.recipe.sections import Recipe
 from tests.unit.models.backbones import as_backbone, copy_of, make_backbone, photos, saved_bytes
 
 

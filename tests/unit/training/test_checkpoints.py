@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from capdist.config import Recipe
 from capdist.errors import CheckpointError
+from capdist.recipe.sections import Recipe
 from capdist.training.checkpoints import (
     Identity,
     TrainState,

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from capdist.training import compiling
-from capdist.training.compiling import CompilingEncoder
+from capdist.features import compiling
+from capdist.features.compiling import CompilingEncoder
 
 BATCH = torch.ones(4, 3, 2, 2)
 

@@ -20,22 +20,22 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from capdist import cli
-from capdist.config import Recipe
 from capdist.data.batches import PhotoDataset, build_views
-from capdist.data.features import FeatureStore, StoreWriter, missing_rows
 from capdist.data.images import Preprocessing
-from capdist.data.prepared import get_split, read_source
+from capdist.data.splits import get_split, read_source
+from capdist.distributed.launch import build_accelerator
 from capdist.errors import DataError, Stopped, StorageError
+from capdist.evaluation import report
+from capdist.features import filling as encoding
+from capdist.features.filling import Encoded, encode_splits
+from capdist.features.source import StoredFeatures
+from capdist.features.store import FeatureStore, StoreWriter, missing_rows
 from capdist.files import try_lock
-from capdist.inference import report
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.models.encoder import build_backbone
-from capdist.recipe_file import load_recipe
+from capdist.recipe.reading import load_recipe
+from capdist.recipe.sections import Recipe
 from capdist.train import train
-from capdist.training import encoding
-from capdist.training.encoding import Encoded, encode_splits
-from capdist.training.launch import build_accelerator
-from capdist.training.source import StoredFeatures
 from capdist.training.step import TrainStep
 from tests.conftest import draw_photos, reset_accelerate
 from tests.processes import SMALL

@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch, Collator, Sample
 from capdist.data.images import Preprocessing
+from capdist.features.source import EncodedPhotos
 from capdist.models.caption_model import CaptionModel
+from capdist.recipe.sections import Recipe
 from capdist.training.objectives import CrossEntropy
-from capdist.training.source import EncodedPhotos
 from capdist.training.step import TrainStep
 from tests.models import tiny_model
 

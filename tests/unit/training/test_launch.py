@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from capdist.distributed import launch
 from capdist.errors import UsageError
-from capdist.recipe_file import load_recipe
-from capdist.training import launch
+from capdist.recipe.reading import load_recipe
 from tests.conftest import reset_accelerate
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from capdist.config import TrainingSection
 from capdist.models.caption_model import CaptionModel
+from capdist.recipe.sections import TrainingSection
 from capdist.training.optimization import build_optimizer, schedule, set_learning_rate
 from tests.models import tiny_model
 

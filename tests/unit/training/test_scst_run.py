@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from capdist.commands.features import fill_cache
 from capdist.errors import CheckpointError, Stopped, UsageError
-from capdist.inference import report
-from capdist.recipe_file import load_recipe, load_stages
+from capdist.evaluation import report
+from capdist.recipe.reading import load_recipe, load_stages
 from capdist.train import train
-from capdist.training.fill_cache import fill_cache
 from capdist.training.loop import Loop
 from tests.conftest import draw_photos, reset_accelerate
 from tests.processes import SMALL

@@ -12,17 +12,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional as F
 
-from capdist.config import Recipe, ScstSection
 from capdist.data.batches import CaptionBatch, Collator, Sample
 from capdist.data.captions import reference_ids
-from capdist.data.features import FeatureStore
 from capdist.decoding import SearchOptions, greedy_search
+from capdist.features.source import StoredFeatures
+from capdist.features.store import FeatureStore
 from capdist.metrics.rewards import CaptionReward
 from capdist.models.caption_model import CaptionModel
+from capdist.recipe.sections import Recipe, ScstSection
 from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
 from capdist.training.objectives import CrossEntropy
 from capdist.training.self_critical import SelfCritical
-from capdist.training.source import StoredFeatures
 from capdist.training.step import TrainStep
 from tests.conftest import reset_accelerate
 from tests.models import tiny_model

@@ -9,12 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from capdist.config import DecoderSection, EncoderSection, Recipe
 from capdist.data.images import Preprocessing
 from capdist.errors import CheckpointError
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
-from capdist.recipe_file import save_recipe
+from capdist.recipe.reading import save_recipe
+from capdist.recipe.sections import DecoderSection, EncoderSection, Recipe
 from capdist.text.vocabulary import Vocabulary
 from capdist.training.setup import build_network, refuse_to_skip, start_from
 from tests.conftest import reset_accelerate

@@ -13,15 +13,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from capdist.config import Recipe
 from capdist.data.batches import CaptionBatch, Collator, Sample
-from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing
+from capdist.distributed.launch import build_accelerator
 from capdist.errors import NumericsError
+from capdist.features.source import EncodedPhotos, FeatureSource, StoredFeatures
+from capdist.features.store import FeatureStore
 from capdist.models.caption_model import CaptionModel
-from capdist.training.launch import build_accelerator
+from capdist.recipe.sections import Recipe
 from capdist.training.objectives import CrossEntropy, cross_entropy, doubly_stochastic, word_presence
-from capdist.training.source import EncodedPhotos, FeatureSource, StoredFeatures
 from capdist.training.step import MOST_SKIPPED_STEPS, TrainStep
 from tests.conftest import reset_accelerate
 from tests.models import read, tiny_model

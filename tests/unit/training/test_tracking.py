@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 
-from capdist.config import Recipe
+from capdist.recipe.sections import Recipe
 from capdist.training.tracking import Tracking
 from tests.conftest import reset_accelerate
 

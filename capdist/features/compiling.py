@@ -7,7 +7,7 @@ import time
 
 from torch import Tensor
 
-from capdist.models.encoder_pass import EncoderPass
+from capdist.features.encoder_pass import EncoderPass
 
 logger = logging.getLogger(__name__)
 

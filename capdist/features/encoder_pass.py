@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from capdist.config import EncoderSection
 from capdist.errors import reason_of
 from capdist.models.encoder import Encoder
 from capdist.models.folding import fold
+from capdist.recipe.sections import EncoderSection
 
 Precision = Literal["no", "bf16", "fp16"]
 """Arithmetic of products, under the names that accelerate gives them; `no` is that of the weights."""

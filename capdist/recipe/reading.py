@@ -17,10 +17,10 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from capdist.config import Recipe, recipe_keys, start_in_own_folder
 from capdist.errors import UsageError, nearest, show_value
 from capdist.files import write_atomically
-from capdist.recipe_stages import (
+from capdist.recipe.sections import Recipe, recipe_keys, start_in_own_folder
+from capdist.recipe.stages import (
     Places,
     chain_stages,
     check_stages,

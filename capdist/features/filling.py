@@ -21,9 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from capdist.config import Recipe
 from capdist.data.batches import PhotoDataset, Views, build_views
-from capdist.data.features import (
+from capdist.data.images import Preprocessing
+from capdist.data.loaders import photo_batches
+from capdist.data.splits import Split
+from capdist.distributed.launch import on_main, raise_together
+from capdist.distributed.stopping import StopSignals
+from capdist.errors import StorageError
+from capdist.features.compiling import CompilingEncoder
+from capdist.features.digests import digest_photos
+from capdist.features.encoder_pass import EncoderPass, encoder_precision
+from capdist.features.store import (
     VERSION,
     FeatureStore,
     StoreWriter,
@@ -32,16 +40,8 @@ from capdist.data.features import (
     store_key,
     weights_digest,
 )
-from capdist.data.images import Preprocessing
-from capdist.data.loaders import photo_batches
-from capdist.data.photo_digests import digest_photos
-from capdist.data.prepared import Split
-from capdist.errors import StorageError
 from capdist.models.caption_model import CaptionModel
-from capdist.models.encoder_pass import EncoderPass, encoder_precision
-from capdist.training.compiling import CompilingEncoder
-from capdist.training.launch import on_main, raise_together
-from capdist.training.stopping import StopSignals
+from capdist.recipe.sections import Recipe
 
 logger = logging.getLogger(__name__)
 

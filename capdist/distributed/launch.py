@@ -21,10 +21,10 @@ from accelerate.utils import (
     gather_object,
 )
 
-from capdist.config import Recipe
+from capdist.distributed.process import keep_freed_memory
 from capdist.errors import UsageError
 from capdist.files import try_lock
-from capdist.processor import keep_freed_memory
+from capdist.recipe.sections import Recipe
 
 T = TypeVar("T")
 

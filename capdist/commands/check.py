@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from capdist.config import Recipe
 from capdist.data.checks import Report, check_data
 from capdist.data.images import open_photo
-from capdist.data.prepared import read_source
+from capdist.data.splits import read_source
 from capdist.errors import DataError
+from capdist.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from rich.table import Table

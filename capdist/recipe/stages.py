@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capdist.config import Recipe
 from capdist.errors import UsageError, nearest, show_value
+from capdist.recipe.sections import Recipe
 
 Places = dict[tuple[str, ...], str]
 """Where each key of a recipe is from: file and line, or the command line."""

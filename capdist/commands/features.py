@@ -6,12 +6,12 @@ import logging
 
 from rich.console import Console
 
-from capdist.config import Recipe
 from capdist.data.images import Preprocessing
-from capdist.data.prepared import prepare
+from capdist.data.splits import prepare
+from capdist.distributed.launch import build_accelerator
 from capdist.errors import UsageError
-from capdist.training.encoding import Encoded, encode_splits
-from capdist.training.launch import build_accelerator
+from capdist.features.filling import Encoded, encode_splits
+from capdist.recipe.sections import Recipe
 from capdist.training.setup import build_network
 
 

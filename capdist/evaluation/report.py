@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from capdist.config import Recipe
 from capdist.data.images import open_photo
-from capdist.data.prepared import PreparedData, Split
+from capdist.data.splits import PreparedData, Split
+from capdist.distributed.launch import on_main
+from capdist.evaluation.evaluator import FAST_METRICS, Evaluation, Evaluator
+from capdist.features.source import FeatureSource
 from capdist.inference.pictures import save_samples
 from capdist.metrics.scorer import CaptionScorer
 from capdist.model_folder import load_pretrained, update_metrics
-from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
-from capdist.training.launch import on_main
-from capdist.training.source import FeatureSource
+from capdist.recipe.sections import Recipe
 
 NUM_SAMPLES = 8
 

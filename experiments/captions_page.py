@@ -1,7 +1,7 @@
 """A page of captions, best and worst by CIDEr-D, from what `capdist evaluate --output` wrote.
 
     capdist evaluate MODEL --source flickr8k --path FOLDER --split dev-report --output scores.json
-    python benchmarks/captions_page.py scores.json > docs/captions.md
+    python experiments/captions_page.py scores.json > docs/captions.md
 
 It holds what the model said and names the photos; the photos and the captions of people stay with their owners.
 """
@@ -41,7 +41,7 @@ def page(result: dict[str, Any], count: int) -> str:
         f"What the model of [results.md](results.md) says of photos of the {settings['split']} split "
         f"({settings['source']}, {len(captions)} photos, {how}): {figures}.",
         f"Of all {len(captions)} captions, {len({row['caption'] for row in captions})} are different and {cut} break "
-        "off on a word that cannot end one (a, the, of, with, …). Made by `benchmarks/captions_page.py`.",
+        "off on a word that cannot end one (a, the, of, with, …). Made by `experiments/captions_page.py`.",
     ]
     for title, rows in (("Best", scored[: count // 2]), ("Worst", scored[-(count - count // 2) :][::-1])):
         lines += ["", f"## {title}", "", "| CIDEr-D | photo | caption |", "| --- | --- | --- |"]

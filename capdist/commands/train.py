@@ -55,15 +55,15 @@ def launch_training(arguments: Sequence[str]) -> int:
         UsageError: for mistakes in the recipe, before anything is started, and for what `accelerate launch` refuses.
         CapdistError: with what the training processes had to say and their exit code.
     """
-    from capdist.recipe_file import load_recipe
+    from capdist.recipe.reading import load_recipe
     from capdist.train import parse_arguments
 
     place, what = _split(arguments)
     parsed = parse_arguments(what)
     load_recipe(parsed.config, parsed.overrides)
-    script = Path(__file__).with_name("train.py")
+    script = Path(__file__).resolve().parents[1] / "train.py"
     place, environment = _default_place(place)
-    command = [sys.executable, "-m", "capdist.launcher", *place, str(script), *what]
+    command = [sys.executable, "-m", "capdist.commands.train", *place, str(script), *what]
     with tempfile.TemporaryDirectory(prefix="capdist_") as folder:
         environment[EXIT_FOLDER_VARIABLE] = folder
         # Before there is a process: nobody else would tell one of a session of its own that its parent is gone.
@@ -114,7 +114,7 @@ def _default_place(place: list[str]) -> tuple[list[str], dict[str, str]]:
     if on_processors or (several and not named):
         place = [*place, "--multi_gpu"]
     if not named:
-        here = Path(__file__).resolve().parent
+        here = Path(__file__).resolve().parents[1]
         shipped = next(p for p in (here.parent / PLACE_FILE, here / PLACE_FILE) if p.exists())
         place = ["--config_file", str(shipped), *place]
     return place, {"ACCELERATE_USE_CPU": "true"} if on_processors else {}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from capdist.distributed.launch import on_main
 from capdist.errors import Stopped
-from capdist.training.launch import on_main
 
 
 class StopSignals:

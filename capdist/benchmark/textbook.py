@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-if TYPE_CHECKING:
-    from capdist.decoding import SearchOptions
-    from capdist.models.lstm import SoftAttentionDecoder
+from capdist.decoding import SearchOptions
+from capdist.models.decoder import Decoder as CapdistDecoder
+from capdist.models.lstm import SoftAttentionDecoder
 
 GRID = 14
 
@@ -234,8 +234,9 @@ def beam_search(decoder: Decoder, features: Tensor, options: SearchOptions) -> t
 
 
 @torch.no_grad()
-def decoder_like(fast: SoftAttentionDecoder, dropout: float = 0.0) -> Decoder:
-    """Return the textbook decoder with the weights of capdist's."""
+def decoder_like(fast: CapdistDecoder[Any], dropout: float = 0.0) -> Decoder:
+    """Return the textbook decoder with the weights of capdist's, which must be a `SoftAttentionDecoder`."""
+    assert isinstance(fast, SoftAttentionDecoder)
     plain = Decoder(
         feature_size=fast.initial_hidden.in_features,
         vocab_size=fast.head.out_features,

@@ -1,9 +1,9 @@
 """What an option is worth: train every row of a file of rows with several seeds, and print the table.
 
-    python benchmarks/ablations.py ROWS [section.key=value …] --config RECIPE [--seeds 0 1 2] [--jobs 2]
-    python benchmarks/ablations.py ROWS --table
+    python experiments/ablations.py ROWS [section.key=value …] --config RECIPE [--seeds 0 1 2] [--jobs 2]
+    python experiments/ablations.py ROWS --table
 
-The files are `benchmarks/ablations_*.yaml`, one for each stage of training; each begins with its command. In overrides
+The files are `experiments/rows/*.yaml`, one for each stage of training; each begins with its command. In overrides
 `{seed}` stands for the seed, so that each seed of a stage starts from its own model of the stage before.
 Seed by seed, so that at any time all rows have about as many. It can be stopped: what is finished is not trained again,
 and what was cut off goes on from its last checkpoint. Epochs are chosen on `dev-choose`, the table is of `dev-report`,
@@ -26,11 +26,11 @@ from typing import Any
 
 import yaml
 
-from capdist.config import Recipe
+from capdist.distributed.launch import available_processors
 from capdist.errors import UsageError, run_program
-from capdist.recipe_file import load_recipe, load_stages
+from capdist.recipe.reading import load_recipe, load_stages
+from capdist.recipe.sections import Recipe
 from capdist.training.checkpoints import recipe_differences
-from capdist.training.launch import available_processors
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("bleu_1", "bleu_4", "cider")

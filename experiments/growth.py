@@ -1,6 +1,6 @@
 """How time and memory of decoder training grow with the data, the batch and the number of processes.
 
-    python benchmarks/growth.py --output docs/growth
+    python experiments/growth.py --output docs/growth
 
 Each measurement is a process of its own (made-up features, captions of Flickr8k's lengths, 512 hidden, 2,500 words).
 They take turns, several times over, so that whatever else the machine is doing meets all of them alike. Writes
@@ -43,8 +43,8 @@ def measure_one(images: int, batch_size: int, threads: int, steps: int) -> dict[
     """Train for some steps in this process, and return captions/s of all processes and the memory of this one."""
     from capdist.benchmark.training import Training
     from capdist.benchmark.workload import Workload
-    from capdist.recipe_file import recipe_from_dict
-    from capdist.training.launch import build_accelerator
+    from capdist.distributed.launch import build_accelerator
+    from capdist.recipe.reading import recipe_from_dict
 
     recipe = recipe_from_dict(
         {

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from capdist.config import DataSection, Recipe, TextSection
 from capdist.data.captions import CaptionTable, tokenize_images
 from capdist.data.sources import load_source
 from capdist.data.sources.records import SPLIT_WORDS
 from capdist.errors import DataError
+from capdist.recipe.sections import DataSection, Recipe, TextSection
 from capdist.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

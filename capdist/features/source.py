@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from capdist.data.batches import CaptionBatch, PhotoDataset
-from capdist.data.features import FeatureStore
 from capdist.data.images import Preprocessing
 from capdist.data.loaders import photo_batches
-from capdist.data.prepared import Split
+from capdist.data.splits import Split
+from capdist.features.store import FeatureStore
 
 
 class PhotoEncoder(Protocol):

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from capdist import __version__
 from capdist.benchmark.captioning import caption
 from capdist.benchmark.encoding import encode, load_input
 from capdist.benchmark.report import Table
 from capdist.benchmark.training import epoch, train_step
 from capdist.benchmark.workload import Workload
-from capdist.config import Recipe
+from capdist.distributed.launch import build_accelerator
 from capdist.errors import UsageError, nearest
 from capdist.files import write_atomically
-from capdist.recipe_file import load_recipe, recipe_from_dict
-from capdist.training.launch import build_accelerator
+from capdist.recipe.reading import load_recipe, recipe_from_dict
+from capdist.recipe.sections import Recipe
+from capdist.version import __version__
 
 NAMES = ("train-step", "encode", "caption", "input", "epoch")
 
@@ -66,7 +66,7 @@ def run_benchmarks(
     Raises:
         UsageError: for an unknown name, or a recipe that is not what would be measured.
     """
-    _check(names or NAMES, recipe, model)
+    _check(names or NAMES, recipe, model, with_textbook)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
     accelerator = build_accelerator(recipe)
@@ -91,16 +91,22 @@ def run_benchmarks(
     return result
 
 
-def _check(names: Sequence[str], recipe: Recipe, model: Path | None) -> None:
+def _check(names: Sequence[str], recipe: Recipe, model: Path | None, with_textbook: bool) -> None:
     for name in names:
         if name not in NAMES:
             raise UsageError(f"benchmark: {name!r} is not one{nearest(name, NAMES)}")
-    if not recipe.caches_features and {"train-step", "epoch"} & set(names):
-        raise UsageError("benchmark: train-step and epoch train on cached features, and this recipe caches none")
-    if (recipe.training.stage == "scst" or recipe.training.word_presence) and {"train-step", "epoch"} & set(names):
+    if with_textbook and recipe.decoder.name != "soft_attention":
         raise UsageError(
-            "benchmark: train-step and epoch measure cross-entropy of words; name a recipe or stage without "
-            "training.stage=scst and training.word_presence"
+            f"benchmark: the plain implementation has no decoder {recipe.decoder.name!r}; measure it alone with "
+            "--no-textbook"
+        )
+    trains = bool({"train-step", "epoch"} & set(names))
+    if trains and not recipe.caches_features:
+        raise UsageError("benchmark: train-step and epoch train on cached features, and this recipe caches none")
+    if trains and (recipe.training.stage != "cross_entropy" or recipe.training.word_presence):
+        raise UsageError(
+            "benchmark: train-step and epoch measure training.stage=cross_entropy without training.word_presence; "
+            "name such a recipe or stage"
         )
     if model is not None and recipe.data.path is None:
         raise UsageError("--model: captions the validation photos of data.path, which is missing")

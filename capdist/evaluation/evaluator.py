@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from capdist.data.prepared import Split
+from capdist.data.splits import Split
 from capdist.decoding import SearchOptions, search
+from capdist.distributed.launch import on_main
+from capdist.features.source import FeatureSource
 from capdist.metrics.scorer import CaptionScorer
 from capdist.models.caption_model import CaptionModel
 from capdist.text.tokenizer import detokenize
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.launch import on_main
-from capdist.training.source import FeatureSource
 
 FAST_METRICS = ("bleu", "rouge_l", "cider")
 """Metrics of a validation; METEOR starts a Java machine and waits for the end of the run."""

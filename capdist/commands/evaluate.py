@@ -10,19 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from capdist import __version__
-from capdist.config import DataSection
-from capdist.data.prepared import CHOOSE, REPORT, SPLIT_ALIASES, Split, get_split, read_source
+from capdist.data.splits import CHOOSE, REPORT, SPLIT_ALIASES, Split, get_split, read_source
 from capdist.decoding import SearchOptions
+from capdist.distributed.launch import build_accelerator, on_main
 from capdist.errors import DataError, UsageError
+from capdist.evaluation.evaluator import FAST_METRICS, Evaluation, Evaluator
+from capdist.evaluation.report import print_scores
+from capdist.features.source import EncodedPhotos
 from capdist.files import write_atomically
 from capdist.inference.captioner import Captioner
-from capdist.inference.report import print_scores
 from capdist.metrics import TOKENISER
-from capdist.recipe_file import recipe_from_dict
-from capdist.training.evaluation import FAST_METRICS, Evaluation, Evaluator
-from capdist.training.launch import build_accelerator, on_main
-from capdist.training.source import EncodedPhotos
+from capdist.recipe.reading import recipe_from_dict
+from capdist.recipe.sections import DataSection
+from capdist.version import __version__
 
 logger = logging.getLogger(__name__)
 

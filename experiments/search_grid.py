@@ -1,6 +1,6 @@
 """Which search captions best: beams, length normalisation, repetition, consensus; chosen on one half of dev.
 
-    python benchmarks/search_grid.py MODEL --path /where/flickr8k/is
+    python experiments/search_grid.py MODEL --path /where/flickr8k/is
 
 Every search captions `dev-choose`. The best by CIDEr, and the search the model was validated with, then caption
 `dev-report`, on which nothing is chosen, if the model's epoch was not either (`evaluation.halve_validation=true`).
@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capdist.config import DataSection
 from capdist.data.batches import PhotoDataset
 from capdist.data.loaders import photo_batches
-from capdist.data.prepared import CHOOSE, REPORT, Split, get_split, read_source
+from capdist.data.splits import CHOOSE, REPORT, Split, get_split, read_source
 from capdist.decoding import SearchOptions, search
 from capdist.inference.captioner import Captioner
 from capdist.metrics.scorer import CaptionScorer
+from capdist.recipe.sections import DataSection
 from capdist.text.tokenizer import detokenize
 
 BATCH = 50

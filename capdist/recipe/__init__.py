@@ -1,0 +1,1 @@
+"""The recipe: its sections and their rules, reading it, and its stages."""
