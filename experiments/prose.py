@@ -5,9 +5,10 @@
     python experiments/prose.py capdist --parameters --avoid                   # empty descriptions, words to avoid
     python experiments/prose.py README.md docs --sentences 20 --seed 0         # random sentences for a reader
 
-Code blocks, tables, headings, images, comments and link targets are no prose. A code span is one word. In Python, prose
-is every string that documents something, without its examples. Descriptions of parameters, results and errors have
-their own row, so that short ones hide no long sentence.
+Code blocks, tables, headings, images, comments and link targets are no prose. A bold heading at the beginning of a
+paragraph ("**Set-up.**") is none either. A code span is one word. In Python, prose is every string that documents
+something, without its examples. Descriptions of parameters, results and errors have their own row, so that short ones
+hide no long sentence.
 
 A sentence ends with `.`, `?`, `!` or `…` before a capital letter, a digit or a code span. A paragraph or an item of a
 list ends it, too. A semicolon or a colon does not.
@@ -43,6 +44,7 @@ ABBREVIATIONS = frozenset({"e.g.", "i.e.", "al.", "cf.", "vs.", "fig.", "eq.", "
 CODE_SPAN = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
 SKIPPED_SPAN = re.compile(r"!\[[^\]]*\]\([^)]*\)|(?<=\])\([^)\s]*\)|<https?://[^>]*>|<!--.*?-->", re.DOTALL)
 SENTENCE_END = re.compile(r"[.!?…][\"')\]*_]*(\s+)(?=[\"'(\[*_]*[A-Z0-9])")
+RUN_IN_HEADING = re.compile(r"\*\*[^*]+[.:]\*\*(?=\s|$)")
 LIST_MARKER = re.compile(r"\s*(?:[-*+]|\d+[.)])\s+")
 FENCE = re.compile(r"\s*(```|~~~)")
 MARKDOWN_NO_PROSE = re.compile(r"\s*(?:\||#{1,6} |-{3,}\s*$|\[[^\]]+\]:)")
@@ -202,15 +204,17 @@ def count_words(text: str) -> int:
 def sentences_of(block: Block) -> Iterator[Sentence]:
     """Yield the sentences of a block."""
     shown = masked(block.text)
-    starts, ends = [0], []
-    for end in SENTENCE_END.finditer(shown):
+    heading = RUN_IN_HEADING.match(shown)
+    starts, ends = [heading.end() if heading else 0], []
+    for end in SENTENCE_END.finditer(shown, starts[0]):
         if shown[: end.start() + 1].split()[-1].lower().lstrip("(") not in ABBREVIATIONS:
             ends.append(end.start(1))
             starts.append(end.end())
     for start, stop in zip(starts, [*ends, len(shown)], strict=True):
         words = count_words(shown[start:stop])
         if words:
-            line = block.line + block.text.count("\n", 0, start)
+            begin = start + len(block.text[start:]) - len(block.text[start:].lstrip())
+            line = block.line + block.text.count("\n", 0, begin)
             text = " ".join(block.text[start:stop].split())
             yield Sentence(block, line, text, words, shown.count(",", start, stop))
 

@@ -78,6 +78,9 @@ def test_sentences_of_markdown_are_those_counted_by_hand(prose: ModuleType, tmp_
         ("Is it? Yes! 3 seeds say so.", [2, 1, 4]),
         ("one. two is no new sentence, as it begins small.", [10]),
         ("A ± B / C.", [3]),  # signs are no words
+        ("**Set-up.** One core. **Two.** Three.", [2, 1, 1]),  # the first is a heading
+        ("- **Verdict.**", []),
+        ("**Bold** begins this.", [3]),
     ],
 )
 def test_where_sentences_end(prose: ModuleType, tmp_path: Path, text: str, words: list[int]) -> None:
