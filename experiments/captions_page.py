@@ -38,10 +38,13 @@ def page(result: dict[str, Any], count: int) -> str:
     lines = [
         "# Captions, best and worst",
         "",
-        f"What the model of [results.md](results.md) says of photos of the {settings['split']} split "
-        f"({settings['source']}, {len(captions)} photos, {how}): {figures}.",
-        f"Of all {len(captions)} captions, {len({row['caption'] for row in captions})} are different and {cut} break "
-        "off on a word that cannot end one (a, the, of, with, …). Made by `experiments/captions_page.py`.",
+        f"The model of [results.md](results.md) wrote these captions: the {count // 2} best and the "
+        f"{count - count // 2} worst by CIDEr-D, of the {len(captions)} photos of the split {settings['split']} "
+        f"({settings['source']}).",
+        f"The search was {how}. All captions together score {figures}.",
+        f"Of all {len(captions)} captions, {len({row['caption'] for row in captions})} are different, and {cut} break "
+        "off on a word that cannot end one (a, the, of, with, …).",
+        "`experiments/captions_page.py` made this page from the output of `capdist evaluate`.",
     ]
     for title, rows in (("Best", scored[: count // 2]), ("Worst", scored[-(count - count // 2) :][::-1])):
         lines += ["", f"## {title}", "", "| CIDEr-D | photo | caption |", "| --- | --- | --- |"]
