@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capdist.errors import DataError, UsageError, run_program
+from capdist.errors import DataError, Mistake, UsageError, run_program
 from capdist.version import __version__
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def caption(
         "no_repeat_ngram": no_repeat_ngram,
         "return_attention": attention is not None,
     }
-    unread: list[str] = []
+    unread: list[Mistake] = []
     for start in range(0, len(photos), PHOTOS_AT_ONCE):
         for photo, result in _caption_readable(captioner, photos[start : start + PHOTOS_AT_ONCE], search, unread):
             _tell_caption(photo, result, as_json, attention)
@@ -150,7 +150,7 @@ def caption(
 
 
 def _caption_readable(
-    captioner: Captioner, photos: Sequence[Path], search: dict[str, Any], unread: list[str]
+    captioner: Captioner, photos: Sequence[Path], search: dict[str, Any], unread: list[Mistake]
 ) -> list[tuple[Path, Caption]]:
     """Caption the photos that can be read; what is wrong with the others is added to `unread`."""
     try:

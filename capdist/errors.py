@@ -13,6 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 EXIT_FOLDER_VARIABLE = "CAPDIST_EXIT_FOLDER"
@@ -41,21 +42,54 @@ _LOST_PEER_TEXTS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Mistake:
+    """One thing that is wrong. It stays data until it is printed: `str` gives its line.
+
+    Attributes:
+        key: Recipe key that it is about, such as `data.path`; empty for none.
+        text: What was found.
+        hint: What would be right.
+        place: File and line, `command line`, or the name of a run.
+    """
+
+    key: str
+    text: str
+    hint: str = ""
+    place: str = ""
+
+    def __str__(self) -> str:
+        line = ": ".join(part for part in (self.place, self.key, self.text) if part)
+        return f"{line}; {self.hint}" if self.hint else line
+
+    def at(self, place: str) -> Mistake:
+        """Return the mistake with `place` written before the place that it has."""
+        return replace(self, place=f"{place}: {self.place}" if self.place else place)
+
+
 class CapdistError(Exception):
-    """Root of the errors that a user can cause and mend.
+    """Root of the errors that a user can cause and correct.
 
     Args:
-        mistakes: One line for each thing that is wrong; all of them are printed.
+        mistakes: Everything that is wrong; each is printed as one line. A text is a mistake about no key.
+
+    Attributes:
+        mistakes: The same, all of them as `Mistake`.
     """
 
     exit_code = 1
 
-    def __init__(self, *mistakes: str) -> None:
-        super().__init__(*mistakes)
-        self.mistakes = mistakes
+    def __init__(self, *mistakes: Mistake | str) -> None:
+        self.mistakes = tuple(m if isinstance(m, Mistake) else Mistake("", m) for m in mistakes)
+        super().__init__(*self.mistakes)
 
     def __str__(self) -> str:
-        return "\n".join(self.mistakes)
+        return "\n".join(self.lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The mistakes as they are printed, one line each."""
+        return tuple(map(str, self.mistakes))
 
 
 class UsageError(CapdistError):
@@ -102,21 +136,26 @@ class Stopped(CapdistError):
         mistake: The line to print.
     """
 
-    def __init__(self, signal_number: int, mistake: str) -> None:
+    def __init__(self, signal_number: int, mistake: Mistake | str) -> None:
         super().__init__(mistake)
         self.exit_code = 128 + signal_number
 
-    def __reduce__(self) -> tuple[type[Stopped], tuple[int, str]]:
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int, Mistake]]:
         return Stopped, (self.exit_code - 128, self.mistakes[0])
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name most like `name`, or None if none is like it."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)), None)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name most like `name`, else the list of all known names."""
-    import difflib
-
     known = sorted(known)
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{matches[0]}'?" if matches else f"; known: {', '.join(known)}"
+    closest = nearest_name(name, known)
+    return f"; known: {', '.join(known)}" if closest is None else f"; did you mean '{closest}'?"
 
 
 def run_program(program: Callable[[], object], *, debug: bool = False) -> int:
@@ -134,16 +173,17 @@ def run_program(program: Callable[[], object], *, debug: bool = False) -> int:
     try:
         program()
     except (Exception, KeyboardInterrupt) as error:
-        code, mistakes = _classify(error)
+        code, lines = _classify(error)
         if code == 1 or debug:
             traceback.print_exc()
-        _tell(code, mistakes, lost_peers=_lost_peers(error))
+        _tell(code, lines, lost_peers=_lost_peers(error))
     return code
 
 
 def _classify(error: BaseException) -> tuple[int, tuple[str, ...]]:
+    """Return the exit code and the lines to print."""
     if isinstance(error, CapdistError):
-        return error.exit_code, error.mistakes
+        return error.exit_code, error.lines
     if isinstance(error, KeyboardInterrupt):
         return 130, ("interrupted; a training run goes on from its last checkpoint, if it has one, with --resume",)
     number = error.errno if isinstance(error, OSError) else _foreign_errno(error)
@@ -183,20 +223,20 @@ def _foreign_errno(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-def _tell(code: int, mistakes: tuple[str, ...], *, lost_peers: bool) -> None:
-    """Print the mistakes, or leave them to the parent that prints those of all processes once."""
+def _tell(code: int, lines: tuple[str, ...], *, lost_peers: bool) -> None:
+    """Print the lines, or leave them to the parent that prints those of all processes once."""
     folder = os.environ.get(EXIT_FOLDER_VARIABLE)
     if folder:
         # Of this machine, whose parent will look for what they leave.
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or 1)
-        end = {"code": code, "mistakes": mistakes, "lost_peers": lost_peers, "processes": processes}
+        end = {"code": code, "mistakes": lines, "lost_peers": lost_peers, "processes": processes}
         with contextlib.suppress(OSError):
             Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(json.dumps(end))
             return
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    for mistake in mistakes:
-        print(f"capdist: error: {mistake}", file=sys.stderr)  # noqa: T201
+    for line in lines:
+        print(f"capdist: error: {line}", file=sys.stderr)  # noqa: T201
 
 
 def show_value(value: object) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from capdist.data.sources import LoadedData
-from capdist.data.sources.findings import MISSING_PHOTO
+from capdist.data.sources.findings import MISSING_PHOTO, Note
 from capdist.errors import DataError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def check_data(
     images = _read_images(loaded, decode, progress)
     captions = {split: _captions(table) for split, table in loaded.splits.items()}
     leaks, doubles = _same_bytes(images)
-    missing = [note for note in loaded.notes if _tells_of_missing_photos(note)]
+    missing = [note for note in loaded.notes if _is_of_missing_photos(note)]
     problems = [
         *_some([image.complaint for image in images if image.complaint], "images that cannot be read"),
         *_some(leaks, "photos in two splits"),
@@ -88,7 +88,7 @@ def check_data(
     warnings = [
         *_some(doubles, "photos twice in one split"),
         *_some(_few_captions(captions), "images with fewer captions than most"),
-        *(note for note in loaded.notes if note not in missing),
+        *(str(note) for note in loaded.notes if note not in missing),
     ]
     statistics = {split: _statistics(rows) for split, rows in captions.items()}
     return Report(tuple(problems), tuple(warnings), statistics)
@@ -104,7 +104,7 @@ def _read_images(
             decode(row["image"])
             complaint = None
         except DataError as error:
-            complaint = f"{split}: {row['image_id']}: {'; '.join(error.mistakes)}"
+            complaint = f"{split}: {row['image_id']}: {'; '.join(error.lines)}"
         return _Image(split, row["image_id"], _digest(row["image"]), complaint)
 
     total = sum(len(table) for table in loaded.splits.values())
@@ -154,9 +154,8 @@ def _same_bytes(images: list[_Image]) -> tuple[list[str], list[str]]:
     return leaks, doubles
 
 
-def _tells_of_missing_photos(note: str) -> bool:
-    kind, _, names = note.partition(": ")
-    return kind.endswith((MISSING_PHOTO.one, MISSING_PHOTO.many)) and names != _NEVER_PUBLISHED
+def _is_of_missing_photos(note: Note) -> bool:
+    return note.kind == MISSING_PHOTO and note.examples != (_NEVER_PUBLISHED,)
 
 
 def _few_captions(captions: dict[str, list[_Captions]]) -> list[str]:

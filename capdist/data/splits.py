@@ -141,7 +141,8 @@ def prepare(recipe: Recipe) -> PreparedData:
     words = tokenize_images(splits["train"].references)
     vocabulary = Vocabulary.count((caption for captions in words for caption in captions), text.min_frequency)
     captions = CaptionTable.build(words, vocabulary, text.max_length)
-    return PreparedData(splits, vocabulary, captions, (*loaded.notes, *_caption_notes(captions, text)))
+    notes = (*map(str, loaded.notes), *_caption_notes(captions, text))
+    return PreparedData(splits, vocabulary, captions, notes)
 
 
 def _caption_notes(captions: CaptionTable, text: TextSection) -> list[str]:

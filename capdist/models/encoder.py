@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capdist.errors import CheckpointError, StorageError, UsageError, nearest, reason_of
+from capdist.errors import CheckpointError, StorageError, UsageError, nearest, nearest_name, reason_of
 from capdist.models.folding import find_pairs, join
 from capdist.models.recomputation import check_recomputable, run_recomputing
 
@@ -243,8 +243,8 @@ def _cut(network: nn.Module, stage: str) -> None:
 def _near_timm_name(name: str) -> str:
     import timm
 
-    suggestion = nearest(name, timm.list_models())
-    return suggestion if "did you mean" in suggestion else "; see timm.list_models()"
+    closest = nearest_name(name, timm.list_models())
+    return "; see timm.list_models()" if closest is None else f"; did you mean '{closest}'?"
 
 
 def _timm_weights(name: str, weights: str) -> dict[str, Tensor]:

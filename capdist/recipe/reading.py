@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import errno
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -17,10 +17,11 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from capdist.errors import UsageError, nearest, show_value
+from capdist.errors import Mistake, UsageError, nearest_name, show_value
 from capdist.files import write_atomically
 from capdist.recipe.sections import Recipe, recipe_keys, start_in_own_folder
 from capdist.recipe.stages import (
+    COMMAND_LINE,
     Places,
     chain_stages,
     check_stages,
@@ -102,13 +103,14 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
     Raises:
         UsageError: with one line for each mistake in the file and the overrides.
     """
-    mistakes: list[str] = []
+    mistakes: list[Mistake] = []
     values, places = _read_yaml(Path(path), mistakes)
     stages = values.pop("stages", None)
     if stages is None:
         for override in overrides:
             if override.startswith("stages."):
-                mistakes.append(f"command line: {override!r}: {path} has no stages; write section.key=value")
+                found = f"{override!r}: {path} has no stages"
+                mistakes.append(Mistake("", found, "write section.key=value", COMMAND_LINE))
             else:
                 _apply_override(values, places, override, mistakes)
         return [_validate(values, places, str(path), mistakes)]
@@ -122,7 +124,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
                 _apply_override(of_stage, places_of_stage, override, mistakes)
         for override in overrides:  # what is said of one stage counts more, wherever it stands
             if override.startswith(own := f"stages.{name}."):
-                place = f"command line: stages.{name}"
+                place = f"{COMMAND_LINE}: stages.{name}"
                 _apply_override(of_stage, places_of_stage, override.removeprefix(own), mistakes, place)
         try:
             recipes.append(_validate(of_stage, places_of_stage, str(path), []))
@@ -136,7 +138,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
     # The first stage must not start from what a later one is about to write either.
     beginnings = [chained[0].model_copy(update={"run": recipe.run}) for recipe in chained[1:]]
     if mistakes := [
-        f"stages: {mistake}" for recipe in [*chained, *beginnings] for mistake in start_in_own_folder(recipe)
+        mistake.at("stages") for recipe in [*chained, *beginnings] for mistake in start_in_own_folder(recipe)
     ]:
         raise UsageError(*mistakes)
     return chained
@@ -153,7 +155,7 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence
     Raises:
         UsageError: with one line for each mistake.
     """
-    mistakes: list[str] = []
+    mistakes: list[Mistake] = []
     places: Places = {}
     if not overrides:
         return _validate(values, places, origin, mistakes)
@@ -163,7 +165,7 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence
     return _validate(changed, places, origin, mistakes)
 
 
-def _read_yaml(path: Path, mistakes: list[str]) -> tuple[dict[str, Any], Places]:
+def _read_yaml(path: Path, mistakes: list[Mistake]) -> tuple[dict[str, Any], Places]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -213,25 +215,27 @@ def _refuse_anchors(root: yaml.Node, path: Path) -> None:
             stack.extend(node.value)
 
 
-def _collect_places(node: yaml.Node, above: tuple[str, ...], path: Path, places: Places, mistakes: list[str]) -> None:
+def _collect_places(
+    node: yaml.Node, above: tuple[str, ...], path: Path, places: Places, mistakes: list[Mistake]
+) -> None:
     if not isinstance(node, yaml.MappingNode):
         return
     for key_node, value_node in node.value:
         key = (*above, str(key_node.value))
         place = f"{path}:{key_node.start_mark.line + 1}"
         if key in places:
-            mistakes.append(f"{place}: {'.'.join(key)}: given twice, first at {places[key]}; keep one")
+            mistakes.append(Mistake(".".join(key), f"given twice, first at {places[key]}", "keep one", place))
         places[key] = place
         _collect_places(value_node, key, path, places, mistakes)
 
 
 def _apply_override(
-    values: dict[str, Any], places: Places, override: str, mistakes: list[str], place: str = "command line"
+    values: dict[str, Any], places: Places, override: str, mistakes: list[Mistake], place: str = COMMAND_LINE
 ) -> None:
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or len(parts) != 2 or not all(parts):
-        mistakes.append(f"{place}: {override!r} is not an override; write section.key=value")
+        mistakes.append(Mistake("", f"{override!r} is not an override", "write section.key=value", place))
         return
     section = values.setdefault(parts[0], {})
     if section is None:
@@ -261,7 +265,7 @@ def _takes_text(section: str, name: str) -> bool:
     return {getattr(choice, "__origin__", choice) for choice in choices} <= {str, NoneType}
 
 
-def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: list[str]) -> Recipe:
+def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: list[Mistake]) -> Recipe:
     # A section header with nothing below it is an empty section, not a null.
     values = {key: {} if value is None and key in Recipe.model_fields else value for key, value in values.items()}
     recipe = None
@@ -269,8 +273,8 @@ def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: 
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         mistakes += [_explain(details, places, origin) for details in error.errors(include_url=False)]
-        wrong = [tuple(map(str, details["loc"]))[:2] for details in error.errors(include_url=False)]
-        mistakes += [_with_place(m, places, origin) for m in _mistakes_of_the_rest(values, wrong)]
+        wrong = {tuple(map(str, details["loc"]))[:2] for details in error.errors(include_url=False)}
+        mistakes += [_with_place(mistake, places, origin) for mistake in _mistakes_of_the_rest(values, wrong)]
     except UsageError as error:
         mistakes += [_with_place(mistake, places, origin) for mistake in error.mistakes]
     if mistakes:
@@ -279,8 +283,8 @@ def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: 
     return recipe
 
 
-def _mistakes_of_the_rest(values: Mapping[str, Any], wrong: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return what keys get wrong together although others are wrong by themselves, so that all is told at once."""
+def _mistakes_of_the_rest(values: Mapping[str, Any], wrong: Set[tuple[str, ...]]) -> list[Mistake]:
+    """Return what keys get wrong together although others are wrong alone, so that a user sees all at once."""
     rest = {name: dict(section) for name, section in values.items() if isinstance(section, dict)}
     for section, *key in wrong:
         if key:
@@ -290,39 +294,44 @@ def _mistakes_of_the_rest(values: Mapping[str, Any], wrong: Sequence[tuple[str, 
     try:
         Recipe.model_validate(rest)
     except UsageError as error:
-        return [mistake for mistake in error.mistakes if tuple(mistake.partition(":")[0].split(".")) not in wrong]
+        return [mistake for mistake in error.mistakes if _path(mistake) not in wrong]
     except ValidationError:
         pass
     return []
 
 
-def _with_place(mistake: str, places: Places, origin: str) -> str:
-    key = tuple(mistake.partition(":")[0].split("."))
-    return f"{places.get(key, origin)}: {mistake}"
+def _path(mistake: Mistake) -> tuple[str, ...]:
+    return tuple(mistake.key.split("."))
 
 
-def _explain(details: ErrorDetails, places: Places, origin: str) -> str:
-    location = tuple(str(part) for part in details["loc"])
-    key = location[:2]
+def _with_place(mistake: Mistake, places: Places, origin: str) -> Mistake:
+    return mistake.at(places.get(_path(mistake), origin))
+
+
+def _explain(details: ErrorDetails, places: Places, origin: str) -> Mistake:
+    key = tuple(str(part) for part in details["loc"])[:2]
     place = places.get(key) or places.get(key[:1]) or origin
-    name = ".".join(key)
+    found, hint = f"found {show_value(details['input'])}", ""
     if details["type"] == "extra_forbidden":
-        return f"{place}: {name}: unknown key{_suggest(key)}"
-    if details["type"] == "model_type":
-        return f"{place}: {name}: expected a section of keys, found {show_value(details['input'])}"
-    return f"{place}: {name}: {_reason(details)}, found {show_value(details['input'])}"
+        text, hint = "unknown key", _suggest(key)
+    elif details["type"] == "model_type":
+        text = f"expected a section of keys, {found}"
+    else:
+        text = f"{_reason(details)}, {found}"
+    return Mistake(".".join(key), text, hint, place)
 
 
 def _suggest(key: tuple[str, ...]) -> str:
+    """Return the known key most like an unknown one, of its own section or else of another, or all known keys."""
     if len(key) == 1:
-        return nearest(key[0], Recipe.model_fields)
-    names = {f"{section}.{name}" for section, name in recipe_keys()}
-    own = [name.partition(".")[2] for name in names if name.startswith(f"{key[0]}.")]
-    suggestion = nearest(key[1], own)
-    if "did you mean" in suggestion:
-        return suggestion.replace("did you mean '", f"did you mean '{key[0]}.")
-    elsewhere = sorted(name for name in names if name.endswith(f".{key[1]}"))
-    return f"; did you mean '{elsewhere[0]}'?" if elsewhere else suggestion
+        known, closest = sorted(Recipe.model_fields), nearest_name(key[0], Recipe.model_fields)
+    else:
+        section, name = key
+        known = sorted(own for of, own in recipe_keys() if of == section)
+        near = nearest_name(name, known)
+        elsewhere = sorted(f"{other}.{own}" for other, own in recipe_keys() if own == name)
+        closest = f"{section}.{near}" if near else next(iter(elsewhere), None)
+    return f"did you mean '{closest}'?" if closest else f"known: {', '.join(known)}"
 
 
 def _reason(details: ErrorDetails) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from capdist.errors import UsageError
+from capdist.errors import Mistake, UsageError
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -302,50 +302,60 @@ class Recipe(Section):
         return self.model_dump(mode="json", by_alias=True)
 
 
-def _cross_section_mistakes(recipe: Recipe) -> Iterator[str]:
+def _cross_section_mistakes(recipe: Recipe) -> Iterator[Mistake]:
     decoder, encoder, data = recipe.decoder, recipe.encoder, recipe.data
     if decoder.tie_weights and decoder.embed_size != decoder.hidden_size:
-        yield (
-            f"decoder.tie_weights: needs decoder.embed_size = decoder.hidden_size, "
-            f"found {decoder.embed_size} and {decoder.hidden_size}"
+        yield Mistake(
+            "decoder.tie_weights",
+            f"needs decoder.embed_size = decoder.hidden_size, found {decoder.embed_size} and {decoder.hidden_size}",
         )
     if recipe.evaluation.min_length > recipe.text.max_length:
-        yield (
-            f"evaluation.min_length: {recipe.evaluation.min_length} is more than "
-            f"text.max_length = {recipe.text.max_length}; no caption could be both"
+        yield Mistake(
+            "evaluation.min_length",
+            f"{recipe.evaluation.min_length} is more than text.max_length = {recipe.text.max_length}",
+            "no caption could be both",
         )
     scst = recipe.scst
     if scst.samples == 1 and scst.baseline == "others":
-        yield "scst.samples: one sample has no others to be compared with; take 2 or more, or scst.baseline=greedy"
+        yield Mistake(
+            "scst.samples",
+            "one sample has no others to be compared with",
+            "take 2 or more, or scst.baseline=greedy",
+        )
     if recipe.training.stage == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
-        yield "encoder.batch_norm: scst learns with the statistics that it samples with; set frozen"
+        yield Mistake("encoder.batch_norm", "scst learns with the statistics that it samples with", "set frozen")
     yield from start_in_own_folder(recipe)
     if scst.cider_weight == scst.bleu_weight == 0:
-        yield "scst.cider_weight: nothing is rewarded; set it or scst.bleu_weight"
+        yield Mistake("scst.cider_weight", "nothing is rewarded", "set it or scst.bleu_weight")
     if data.source != "scenes" and data.path is None:
-        yield f"data.path: missing; data.source={data.source} needs a folder (data.path=/where/it/is)"
+        needed = f"data.source={data.source} needs a folder (data.path=/where/it/is)"
+        yield Mistake("data.path", "missing", needed)
+    unfreeze = "set encoder.trainable_from, or drop this key"
     if encoder.trainable_from is None and recipe.training.encoder_learning_rate is not None:
-        yield "training.encoder_learning_rate: the encoder is frozen; set encoder.trainable_from, or drop this key"
+        yield Mistake("training.encoder_learning_rate", "the encoder is frozen", unfreeze)
     if encoder.gradient_checkpointing and encoder.trainable_from is None:
-        yield "encoder.gradient_checkpointing: the encoder is frozen; set encoder.trainable_from, or drop this key"
+        yield Mistake("encoder.gradient_checkpointing", "the encoder is frozen", unfreeze)
     if encoder.gradient_checkpointing and encoder.batch_norm == "train" and encoder.name.startswith("timm/"):
-        yield (
-            "encoder.gradient_checkpointing: a timm network would count each batch twice in its BatchNorm statistics; "
-            "set encoder.batch_norm=frozen, or drop this key"
+        yield Mistake(
+            "encoder.gradient_checkpointing",
+            "a timm network would count each batch twice in its BatchNorm statistics",
+            "set encoder.batch_norm=frozen, or drop this key",
         )
     if encoder.cache_views is not None and (not data.augments or not recipe.caches_features):
-        yield (
-            "encoder.cache_views: needs augmentation (data.random_crop and others), encoder.cache=auto and a frozen "
-            f"encoder, found {'' if data.augments else 'no '}augmentation, encoder.cache={encoder.cache} and "
-            f"encoder.trainable_from={encoder.trainable_from}"
+        yield Mistake(
+            "encoder.cache_views",
+            "needs augmentation (data.random_crop and others), encoder.cache=auto and a frozen encoder, "
+            f"found {'' if data.augments else 'no '}augmentation, encoder.cache={encoder.cache} and "
+            f"encoder.trainable_from={encoder.trainable_from}",
         )
 
 
-def start_in_own_folder(recipe: Recipe) -> Iterator[str]:
+def start_in_own_folder(recipe: Recipe) -> Iterator[Mistake]:
     """Yield the mistake of a run that would write over what it starts from."""
     start_from, folder = recipe.training.start_from, os.path.abspath(recipe.run_folder)
     if start_from is not None and Path(os.path.abspath(os.path.expanduser(start_from))).is_relative_to(folder):
-        yield f"training.start_from: {start_from} is in the folder of this run, which writes there; change run.name"
+        found = f"{start_from} is in the folder of this run, which writes there"
+        yield Mistake("training.start_from", found, "change run.name")
 
 
 def recipe_keys() -> Iterable[tuple[str, str]]:

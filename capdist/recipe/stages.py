@@ -7,38 +7,42 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from capdist.errors import UsageError, nearest, show_value
+from capdist.errors import Mistake, UsageError, nearest, show_value
 from capdist.recipe.sections import Recipe
 
 Places = dict[tuple[str, ...], str]
 """Where each key of a recipe is from: file and line, or the command line."""
 
-_STARTS = "a stage starts from the one before; only the first may say"
+COMMAND_LINE = "command line"
+_STARTS = ("a stage starts from the one before", "only the first may say")
 
 
-def check_stages(stages: Any, places: Places, mistakes: list[str]) -> dict[str, dict[str, Any]]:
+def check_stages(stages: Any, places: Places, mistakes: list[Mistake]) -> dict[str, dict[str, Any]]:
     """Return the stages that make sense, telling of the others."""
     place = places.get(("stages",), "recipe")
     if not isinstance(stages, dict) or not stages:
-        raise UsageError(f"{place}: stages: names stages, each with sections of keys, found {show_value(stages)}")
+        raise UsageError(
+            Mistake("stages", f"names stages, each with sections of keys, found {show_value(stages)}", place=place)
+        )
     sound = {}
     for name, changes in stages.items():
         place = places.get(("stages", str(name)), place)
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w\-]*", name):
-            mistakes.append(f"{place}: stages.{name}: must be a name of letters, digits, '-' and '_'")
+            mistakes.append(Mistake(f"stages.{name}", "must be a name of letters, digits, '-' and '_'", place=place))
         elif not isinstance(changes, dict | None) or not all(
             isinstance(keys, dict | None) for keys in (changes or {}).values()
         ):
-            mistakes.append(f"{place}: stages.{name}: expected sections of keys, found {show_value(changes)}")
+            found = f"expected sections of keys, found {show_value(changes)}"
+            mistakes.append(Mistake(f"stages.{name}", found, place=place))
         elif name != next(iter(stages)) and "start_from" in ((changes or {}).get("training") or {}):
             place = places.get(("stages", name, "training", "start_from"), place)
-            mistakes.append(f"{place}: training.start_from: {_STARTS}")
+            mistakes.append(Mistake("training.start_from", *_STARTS, place))
         else:
             sound[name] = {section: keys or {} for section, keys in (changes or {}).items()}
     return sound
 
 
-def overrides_of_no_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> list[str]:
+def overrides_of_no_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -> list[Mistake]:
     """Return mistakes for overrides of one stage that could not take effect."""
     mistakes = []
     for override in overrides:
@@ -47,11 +51,12 @@ def overrides_of_no_stage(overrides: Sequence[str], stages: Mapping[str, Any]) -
         _, name, *key = override.partition("=")[0].split(".")
         names = [str(stage) for stage in stages]  # what is no text is a mistake that is told elsewhere
         if name not in names:
-            mistakes.append(f"command line: stages.{name}: no such stage{nearest(name, names)}")
+            mistakes.append(Mistake(f"stages.{name}", f"no such stage{nearest(name, names)}", place=COMMAND_LINE))
         elif not key:
-            mistakes.append(f"command line: {override!r} changes nothing; write stages.{name}.section.key=value")
+            right = f"write stages.{name}.section.key=value"
+            mistakes.append(Mistake("", f"{override!r} changes nothing", right, COMMAND_LINE))
         elif key == ["training", "start_from"] and name != names[0]:
-            mistakes.append(f"command line: stages.{name}.{'.'.join(key)}: {_STARTS}")
+            mistakes.append(Mistake(f"stages.{name}.{'.'.join(key)}", *_STARTS, COMMAND_LINE))
     return mistakes
 
 
@@ -80,7 +85,7 @@ _KEYS_OF_STAGES = {
 _SECTIONS_OF_STAGES = ("training", "scst", "evaluation", "checkpoint")
 
 
-def differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str], places: Places) -> list[str]:
+def differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str], places: Places) -> list[Mistake]:
     """Return mistakes for keys in which stages differ although their models could not go on from each other."""
     mistakes = []
     first = recipes[0].to_dict()
@@ -89,8 +94,9 @@ def differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str], 
             for key, value in keys.items():
                 if not _may_differ(section, key) and value != first[section][key]:
                     where = (("stages", stage, section, key) for stage in (name, *names))
-                    place = next((places[key] for key in where if key in places), f"command line: stages.{name}")
-                    mistakes.append(f"{place}: {section}.{key}: must be the same in all stages; set it outside them")
+                    place = next((places[key] for key in where if key in places), f"{COMMAND_LINE}: stages.{name}")
+                    found = "must be the same in all stages"
+                    mistakes.append(Mistake(f"{section}.{key}", found, "set it outside them", place))
     return mistakes
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from capdist.data.captions import seed_of
 from capdist.data.splits import PreparedData
 from capdist.distributed.launch import on_main
-from capdist.errors import CheckpointError, UsageError
+from capdist.errors import CheckpointError, Mistake, UsageError
 from capdist.features.store import weights_digest
 from capdist.model_folder import TrainedModel, load_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
@@ -105,12 +105,12 @@ def check_networks(recipes: Sequence[Recipe]) -> None:
     Raises:
         UsageError: as `build_model`, the mistakes of all recipes, each with the name of its run.
     """
-    mistakes = []
+    mistakes: list[Mistake] = []
     for recipe in recipes:
         try:
             build_model(recipe.encoder, recipe.decoder, vocab_size=len(Vocabulary(())), pad_id=0, load_weights=False)
         except UsageError as error:
-            mistakes += [f"run {recipe.run.name}: {mistake}" for mistake in error.mistakes]
+            mistakes += [mistake.at(f"run {recipe.run.name}") for mistake in error.mistakes]
     if mistakes:
         raise UsageError(*mistakes)
 
@@ -180,7 +180,7 @@ def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary, recipe:
     try:
         trained = load_pretrained(folder)
     except CheckpointError as error:
-        raise CheckpointError(*(f"training.start_from: {mistake}" for mistake in error.mistakes)) from None
+        raise CheckpointError(*(mistake.at("training.start_from") for mistake in error.mistakes)) from None
     mistakes = [
         f"training.start_from: {folder}: {section}.{key} is {theirs!r} there, here {ours!r}; set it so, or start anew"
         for section, key, theirs, ours in _other_layers(trained, recipe)

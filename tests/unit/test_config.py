@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from capdist.errors import UsageError
+from capdist.errors import Mistake, UsageError
 from capdist.recipe.reading import load_recipe, load_stages, recipe_from_dict, save_recipe
 from capdist.recipe.sections import Recipe, recipe_keys
 
@@ -43,10 +43,10 @@ def _load(path: Path, text: str | bytes, *overrides: str) -> Recipe:
 def _mistakes(path: Path, text: str | bytes, *overrides: str) -> tuple[str, ...]:
     with pytest.raises(UsageError) as caught:
         _load(path, text, *overrides)
-    assert caught.value.mistakes, "an error must say something"
-    for mistake in caught.value.mistakes:
+    assert caught.value.lines, "an error must say something"
+    for mistake in caught.value.lines:
         assert "\n" not in mistake, f"not one line: {mistake!r}"
-    return caught.value.mistakes
+    return caught.value.lines
 
 
 def _set(key: str, value: str) -> str:
@@ -328,8 +328,19 @@ def test_paths_that_are_no_file(recipe_file: Path, kind: str) -> None:
     }[kind]
     with pytest.raises(UsageError) as caught:
         load_recipe(path)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith(f"{path}: ")
+
+
+def test_mistakes_of_a_recipe_are_data(recipe_file: Path) -> None:
+    recipe_file.write_text("run:\n  sead: 1\n  name: a b\nscst: {samples: 1}\n")
+    with pytest.raises(UsageError) as caught:
+        load_recipe(recipe_file, ["data.limit=0"])
+    name, unknown, limit, together = caught.value.mistakes
+    assert unknown == Mistake("run.sead", "unknown key", "did you mean 'run.seed'?", f"{recipe_file}:2")
+    assert (name.key, name.place, name.hint) == ("run.name", f"{recipe_file}:3", "")
+    assert (limit.key, limit.place) == ("data.limit", "command line")
+    assert (together.key, together.place) == ("scst.samples", f"{recipe_file}:4")
 
 
 def test_keys_given_twice_are_all_named_with_both_places(recipe_file: Path) -> None:
@@ -613,7 +624,7 @@ def test_recipes_are_frozen(section: str) -> None:
 def test_a_run_cannot_leave_its_output_folder(name: str) -> None:
     with pytest.raises(UsageError) as caught:
         recipe_from_dict({"run": {"name": name, "output_dir": "/out"}}, "test")
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith("test: run.name: must be letters, digits, '.', '-' and '_' only, found ")
 
 
@@ -632,7 +643,7 @@ def test_recipe_from_dict_names_the_origin_and_changes_nothing() -> None:
     before = json.dumps(values)
     with pytest.raises(UsageError) as caught:
         recipe_from_dict(values, "checkpoint 7")
-    assert sorted(caught.value.mistakes) == [
+    assert sorted(caught.value.lines) == [
         "checkpoint 7: daat: unknown key; did you mean 'data'?",
         "checkpoint 7: run.nmae: unknown key; did you mean 'run.name'?",
         "checkpoint 7: run.seed: must be integer, found 'x' (str)",
@@ -645,7 +656,7 @@ def test_recipe_from_dict_names_the_origin_and_changes_nothing() -> None:
 def test_recipe_from_dict_refuses_sections_that_are_none(section: object) -> None:
     with pytest.raises(UsageError) as caught:
         recipe_from_dict({"run": section}, "checkpoint 7")
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith("checkpoint 7: run: expected a section of keys, found ")
 
 

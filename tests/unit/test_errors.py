@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from capdist.errors import (
     CapdistError,
     CheckpointError,
     DataError,
+    Mistake,
     NumericsError,
     ProcessError,
     Stopped,
     StorageError,
     UsageError,
     nearest,
+    nearest_name,
     reason_of,
     run_program,
 )
@@ -273,11 +276,12 @@ def test_a_message_is_not_lost_when_standard_output_is_full() -> None:
     ("error", "expected"),
     [
         (UsageError("a", "größe"), {"code": 2, "mistakes": ["a", "größe"]}),
+        (UsageError(Mistake("a.b", "c", "d", "e")), {"code": 2, "mistakes": ["e: a.b: c; d"]}),
         (DataError("photo \udcff.jpg"), {"code": 3, "mistakes": ["photo \udcff.jpg"]}),
         (Stopped(15, "stopped"), {"code": 143, "mistakes": ["stopped"]}),
         (ValueError("bug"), {"code": 1, "mistakes": []}),
     ],
-    ids=["usage", "surrogate", "signal", "bug"],
+    ids=["usage", "a key", "surrogate", "signal", "bug"],
 )
 def test_under_a_parent_the_end_is_written_not_printed(
     error: Exception,
@@ -363,14 +367,44 @@ def test_a_parent_that_cannot_be_reached_loses_nothing(
 
 
 @pytest.mark.parametrize("error_class", PROMISED)
-@pytest.mark.parametrize("mistakes", [(), ("a",), ("a", "b: 3")])
-def test_errors_travel_between_processes(error_class: type[CapdistError], mistakes: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("mistakes", [(), ("a",), ("a", "b: 3"), (Mistake("a.b", "wrong", "right", "x:1"), "c")])
+def test_errors_travel_between_processes(error_class: type[CapdistError], mistakes: tuple[Mistake | str, ...]) -> None:
     error = error_class(*mistakes)
-    assert str(error) == "\n".join(mistakes)
+    assert str(error) == "\n".join(map(str, mistakes))
     for again in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(again) is error_class
-        assert again.mistakes == mistakes
+        assert again.mistakes == error.mistakes
         assert str(again) == str(error)
+
+
+def test_a_stop_travels_with_its_code() -> None:
+    again = pickle.loads(pickle.dumps(Stopped(15, Mistake("run.name", "stopped"))))
+    assert (again.exit_code, again.mistakes) == (143, (Mistake("run.name", "stopped"),))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "line"),
+    [
+        (Mistake("", "all there is to say"), "all there is to say"),
+        (Mistake("data.path", "missing"), "data.path: missing"),
+        (Mistake("", "missing", "give it"), "missing; give it"),
+        (Mistake("", "missing", place="a.yaml:3"), "a.yaml:3: missing"),
+        (Mistake("data.path", "a: b; c", "d: e", "a.yaml:3"), "a.yaml:3: data.path: a: b; c; d: e"),
+    ],
+)
+def test_a_mistake_is_printed_as_place_key_text_and_hint(mistake: Mistake, line: str) -> None:
+    assert str(mistake) == line
+    assert str(mistake.at("run a")) == f"run a: {line}"
+    assert mistake.at("run a") == replace(mistake, place=f"run a: {mistake.place}" if mistake.place else "run a")
+
+
+def test_a_text_is_a_mistake_about_no_key() -> None:
+    error = UsageError("data.path: missing; give it", Mistake("data.path", "missing", "give it"))
+    assert error.mistakes == (
+        Mistake("", "data.path: missing; give it"),
+        Mistake("data.path", "missing", "give it"),
+    )
+    assert error.lines == ("data.path: missing; give it",) * 2
 
 
 def _distance(a: str, b: str) -> int:
@@ -388,9 +422,11 @@ KNOWN = ["resnet18", "scenes", "flickr8k", "karpathy", "hub", "folder"]
 @pytest.mark.parametrize("name", ["scene", "sceens", "flickr30k", "Folder", "foldr", "karpaty", "hubb"])
 def test_nearest_suggests_the_closest(name: str) -> None:
     closest = min(KNOWN, key=lambda known: _distance(name, known))
+    assert nearest_name(name, KNOWN) == closest
     assert nearest(name, KNOWN) == f"; did you mean '{closest}'?"
 
 
 @pytest.mark.parametrize("name", ["", "zzzz", "Ω"])
 def test_nearest_lists_all_when_nothing_is_close(name: str) -> None:
+    assert nearest_name(name, iter(KNOWN)) is None
     assert nearest(name, iter(KNOWN)) == "; known: flickr8k, folder, hub, karpathy, resnet18, scenes"

@@ -185,7 +185,7 @@ def test_what_accelerate_refuses_is_told(
     named = [] if "--config_file" in options else ["--config_file", "accelerate_config.yaml"]
     with pytest.raises(UsageError) as caught:
         launch([*named, *options])
-    (line,) = caught.value.mistakes
+    (line,) = caught.value.lines
     assert said in line
     assert "\n" not in line
     assert "memory" not in line
@@ -228,7 +228,7 @@ def test_a_mistake_of_the_launch_does_not_hide_what_a_process_said(
     _end(tmp_path, 0, 3, "no photo", processes=1)
     with pytest.raises(CapdistError) as caught:
         launch(["--config_file", "nowhere.yaml"])
-    assert (caught.value.exit_code, caught.value.mistakes) == (3, ("no photo",))
+    assert (caught.value.exit_code, caught.value.lines) == (3, ("no photo",))
 
 
 # --- what the ends of the processes come to -------------------------------------------------------------------------

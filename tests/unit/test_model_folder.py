@@ -91,7 +91,7 @@ def _refused(folder: Path, name: str) -> str:
     with pytest.raises(CapdistError) as caught:
         load_pretrained(folder)
     assert isinstance(caught.value, CheckpointError)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert "\n" not in mistake
     assert str(folder / name) in mistake
     return mistake
@@ -241,7 +241,7 @@ def test_missing_file_is_named(folder: Path, name: str) -> None:
     (folder / name).unlink()
     with pytest.raises(CheckpointError, match=name) as caught:
         load_pretrained(folder)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert str(folder) in mistake
 
 
@@ -512,7 +512,7 @@ def test_hub_id_without_a_network_is_a_storage_error(tmp_path: Path, monkeypatch
     started = time.perf_counter()
     with pytest.raises(StorageError, match="somebody/captioner-that-is-not-there") as caught:
         load_pretrained("somebody/captioner-that-is-not-there")
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert "Hub" in mistake
     assert "\n" not in mistake
     assert time.perf_counter() - started < 15

@@ -40,7 +40,7 @@ def _write(folder: Path, text: str) -> Path:
 def _mistakes(folder: Path, text: str, *overrides: str) -> tuple[str, ...]:
     with pytest.raises(UsageError) as caught:
         load_stages(_write(folder, text), overrides)
-    return caught.value.mistakes
+    return caught.value.lines
 
 
 def test_each_stage_is_the_recipe_with_its_changes(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def test_foreign_files_are_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         Vocabulary.load(path)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith(f"{path}: ")
     assert "\n" not in mistake
 

@@ -52,7 +52,7 @@ def load_source(
         limit: Only the first so many images of each split.
 
     Returns:
-        The splits, and what was odd about the data in plain words.
+        The splits, and notes on what was odd about the data.
 
     Raises:
         UsageError: The source is unknown, or a setting that it has no use for was given.
@@ -67,7 +67,7 @@ def load_source(
     splits = SOURCES[source](Request(path or "", *columns, limit), findings)
     findings.raise_mistakes()
     if not splits:
-        raise DataError(f"{path}: no image with captions in any split", *findings.notes())
+        raise DataError(f"{path}: no image with captions in any split", *map(str, findings.notes()))
     return LoadedData(splits, findings.notes())
 
 

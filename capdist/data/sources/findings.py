@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from capdist.errors import DataError
@@ -30,6 +31,26 @@ UNKNOWN_SPLIT = Oddity(
 BLANK_CAPTION = Oddity("empty caption was left out", "empty captions were left out")
 
 
+@dataclass(frozen=True)
+class Note:
+    """Something odd about the data. It stays data until it is printed: `str` gives its line.
+
+    Attributes:
+        kind: The kind of oddity, or a remark that is printed unchanged.
+        examples: Every photo or place that showed it.
+    """
+
+    kind: Oddity | str
+    examples: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if isinstance(self.kind, str):
+            return self.kind
+        words = self.kind.one if len(self.examples) == 1 else self.kind.many
+        more = ", …" if len(self.examples) > ODDITIES_SHOWN else ""
+        return f"{len(self.examples):,} {words}: {', '.join(self.examples[:ODDITIES_SHOWN])}{more}"
+
+
 class Findings:
     """Collects mistakes and oddities by kind, so that a user sees all of them at once and none a thousand times."""
 
@@ -47,7 +68,7 @@ class Findings:
         self._oddities[kind].append(example)
 
     def remark(self, note: str) -> None:
-        """Record a note as it is."""
+        """Record a note that is printed unchanged."""
         self._remarks.append(note)
 
     def raise_mistakes(self) -> None:
@@ -60,12 +81,7 @@ class Findings:
         if lines:
             raise DataError(*lines)
 
-    def notes(self) -> tuple[str, ...]:
-        """Return the oddities as counted sentences with their first examples, then the remarks."""
-        return (*(_counted(kind, examples) for kind, examples in self._oddities.items()), *self._remarks)
-
-
-def _counted(kind: Oddity, examples: list[str]) -> str:
-    words = kind.one if len(examples) == 1 else kind.many
-    more = ", …" if len(examples) > ODDITIES_SHOWN else ""
-    return f"{len(examples):,} {words}: {', '.join(examples[:ODDITIES_SHOWN])}{more}"
+    def notes(self) -> tuple[Note, ...]:
+        """Return the oddities, then the remarks."""
+        oddities = (Note(kind, tuple(examples)) for kind, examples in self._oddities.items())
+        return (*oddities, *map(Note, self._remarks))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from capdist.data.sources.findings import Note
+
 if TYPE_CHECKING:
     from datasets import DatasetDict, Features
 
@@ -25,11 +27,11 @@ class LoadedData:
 
     Attributes:
         splits: A `datasets.DatasetDict` with columns `image_id`, `image` (`{"path", "bytes"}`) and `captions`.
-        notes: What was odd about the data, counted, in plain words.
+        notes: What was odd about the data, counted.
     """
 
     splits: DatasetDict
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
 
 @dataclass(frozen=True)

@@ -445,6 +445,6 @@ def test_workers_make_the_same_batches_and_name_the_broken_photo(
             assert same if same is not None else getattr(batch, name) == value, name
     assert len(good) == 3
     assert isinstance(bad, DataError)
-    (mistake,) = bad.mistakes
+    (mistake,) = bad.lines
     assert mistake.startswith(f"{broken}: ")
     assert "\n" not in mistake

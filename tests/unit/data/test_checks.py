@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from capdist.commands.check import check_recipe
 from capdist.data.checks import Report, check_data
 from capdist.data.sources import LoadedData, load_source
+from capdist.data.sources.findings import Note
 from capdist.data.sources.records import Record, to_splits
 from capdist.errors import DataError
 from capdist.recipe.sections import Recipe
@@ -33,7 +34,7 @@ def _photo(path: Path, shade: int) -> str:
     return str(path)
 
 
-def _check(*notes: str, **splits: list[Record]) -> Report:
+def _check(*notes: Note, **splits: list[Record]) -> Report:
     return check_data(LoadedData(to_splits(splits, None), notes), decode=_decode)
 
 
@@ -72,9 +73,11 @@ def test_same_photo_in_two_splits_is_a_problem_in_one_a_warning(tmp_path: Path) 
 def test_few_captions_and_notes_are_worth_a_look(tmp_path: Path) -> None:
     paths = [_photo(tmp_path / f"{number}.png", number) for number in range(4)]
     train = [Record("a", ["x", "y"], paths[0]), Record("b", ["x"], paths[1]), Record("c", ["x", "y"], paths[2])]
-    report = _check("a note", train=train, test=[Record("d", ["x", "y"], paths[3])])
+    # Only the kind of a note counts, not what it says.
+    likeness = "5 photos named in the caption file do not exist: a.jpg"
+    report = _check(Note("a note"), Note(likeness), train=train, test=[Record("d", ["x", "y"], paths[3])])
     assert report.is_clean
-    assert report.warnings == ("train: b: 1 captions, most have 2", "a note")
+    assert report.warnings == ("train: b: 1 captions, most have 2", "a note", likeness)
 
 
 def _flickr8k(root: Path, names: list[str]) -> str:
@@ -130,7 +133,7 @@ def test_a_photo_that_does_not_exist_is_a_problem(
     names = [f"gone_{number}.png" for number in range(5)]
     with pytest.raises(DataError) as caught:
         check_recipe(_recipe(source, tmp_path, *names))
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert "5 photos named in the caption file do not exist: gone_" in mistake
     printed = capsys.readouterr().out
     assert "can be read" not in printed

@@ -424,5 +424,5 @@ def test_a_photo_that_cannot_be_read_is_an_error_of_the_data(tmp_path: Path, kin
     path = tmp_path if kind == "folder" else tmp_path / "absent.jpg"
     with pytest.raises(DataError) as caught:
         _key(photos=[{"path": str(path), "bytes": None}])
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith(f"{path}: ")

@@ -47,7 +47,7 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
 def _refusal(action: Callable[[], object], name: str = "photo.jpg") -> str:
     with pytest.raises(DataError) as caught:
         action()
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith(f"{name}: ")
     assert "\n" not in mistake
     return mistake
@@ -59,7 +59,7 @@ def _open_or_refuse(content: bytes, smallest_side: int | None = None) -> Image.I
         return _open(content, smallest_side)
     except DataError as error:
         refusal = error
-    (mistake,) = refusal.mistakes
+    (mistake,) = refusal.lines
     assert mistake.startswith("photo.jpg: ")
     assert "\n" not in mistake
     return None

@@ -313,7 +313,7 @@ def test_a_broken_photo_stops_the_loader_with_its_name(plan: Plan, num_workers: 
     dataset.photos[4] = {"path": "holiday.jpg", "bytes": b"nothing"}
     with pytest.raises(DataError, match=r"^holiday\.jpg: ") as caught:
         list(training_batches(dataset, plan, 0, range(3), num_workers=num_workers, pin_memory=False))
-    assert len(caught.value.mistakes) == 1
+    assert len(caught.value.lines) == 1
     photos = PhotoDataset(dataset.photos, dataset.preprocessing)
     with pytest.raises(DataError, match=r"^holiday\.jpg: "):
         list(photo_batches(photos, range(9), batch_size=3, num_workers=num_workers, pin_memory=False))

@@ -43,7 +43,7 @@ def test_a_mistake_names_field_value_and_what_is_right(changes: dict, mistake: s
 def test_all_mistakes_are_reported_at_once() -> None:
     with pytest.raises(UsageError) as error:
         SearchOptions(bos_id=1, eos_id=2, beam_size=0, no_repeat_ngram=-1, length_penalty=-1)
-    assert len(error.value.mistakes) == 3
+    assert len(error.value.lines) == 3
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 4])

@@ -92,7 +92,7 @@ def test_missing_and_unknown_images_are_two_lines():
     scorer.add("x.jpg", "a dog")
     with pytest.raises(DataError) as error:
         scorer.compute(FAST)
-    assert len(error.value.mistakes) == 2
+    assert len(error.value.lines) == 2
 
 
 def test_references_are_needed():

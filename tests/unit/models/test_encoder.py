@@ -293,7 +293,7 @@ def test_timm_blocks_have_names_too(trainable_from: str) -> None:
 def test_mistakes_in_names_are_usage_errors(arguments: tuple[Any, ...], fragments: tuple[str, ...]) -> None:
     with pytest.raises(UsageError) as caught:
         build_backbone(*arguments)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert "\n" not in mistake
     for fragment in fragments:
         assert fragment in mistake
@@ -339,7 +339,7 @@ def test_damaged_file_is_a_checkpoint_error(
     damage(path)
     with pytest.raises(CheckpointError) as caught:
         read_state_dict(path)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith(f"{path}: ")
     assert "\n" not in mistake
 
@@ -454,7 +454,7 @@ def test_download_without_a_network_says_what_to_do(
         build_backbone("resnet18", weights=weights)
     assert time.perf_counter() - started < 10
     assert isinstance(caught.value, StorageError)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     for fragment in ("encoder.weights", weights, "path", "none"):
         assert fragment in mistake
     assert "\n" not in mistake

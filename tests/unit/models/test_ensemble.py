@@ -214,7 +214,7 @@ def test_grids_of_different_sizes_are_refused_by_name() -> None:
     other.encoder = _encoder(6, stride=2).double().eval()
     with pytest.raises(UsageError) as caught:
         _ensemble(first, other).encode(_photos())
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert all(part in mistake for part in ("runs/2/model", "16 cells", "runs/1/model", "4;"))
 
 
@@ -249,8 +249,8 @@ def test_members_that_do_not_belong_together_are_refused_one_line_each() -> None
     with pytest.raises(CheckpointError) as caught:
         Captioner([first, *others], "cpu", names="abcdef")
     expected = [("b", "vocabulary"), ("c", "image_size 16"), ("d", "mean (0.4"), ("e", "vocabulary"), ("e", "std (0.2")]
-    assert len(caught.value.mistakes) == len(expected)
-    for mistake, (name, what) in zip(caught.value.mistakes, expected, strict=True):
+    assert len(caught.value.lines) == len(expected)
+    for mistake, (name, what) in zip(caught.value.lines, expected, strict=True):
         assert mistake.startswith(f"{name}: ")
         assert what in mistake
         assert " a " in mistake or " a;" in mistake

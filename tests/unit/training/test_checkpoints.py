@@ -180,7 +180,7 @@ def test_checkpoint_of_another_network_does_not_fit(checkpoint: Path, other: dic
     model = _Network(**other)
     with pytest.raises(CheckpointError, match="does not fit") as caught:
         load_checkpoint(checkpoint, model, _optimizer(model))
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith(str(checkpoint))
     assert "\n" not in mistake
 
@@ -272,7 +272,7 @@ def test_no_whole_checkpoint_is_an_error_with_a_line_for_each(three: Path) -> No
     with pytest.raises(CheckpointError) as caught:
         newest_checkpoint(three, warnings.append)
     assert len(warnings) == 3
-    lines = "\n".join(caught.value.mistakes)
+    lines = "\n".join(caught.value.lines)
     for step in (10, 20, 30):
         assert str(three / f"step_{step:08d}" / "model.safetensors") in lines
 
@@ -384,7 +384,7 @@ def test_recipe_keys_are_free_or_refused(section: str, key: str) -> None:
         return
     with pytest.raises(CheckpointError) as caught:
         check_identity(Path("c"), saved, now, pytest.fail)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert f"{section}.{key}" in mistake
     assert repr(SECTIONS[section][key]) in mistake
     assert "'something else'" in mistake
@@ -404,7 +404,7 @@ def test_other_differences_are_refused(field: str, value: Any, fragment: str) ->
     saved = _identity()
     with pytest.raises(CheckpointError, match=fragment) as caught:
         check_identity(Path("c"), saved, replace(saved, **{field: value}), pytest.fail)
-    assert len(caught.value.mistakes) == 1
+    assert len(caught.value.lines) == 1
 
 
 def test_all_differences_are_listed_at_once() -> None:
@@ -415,7 +415,7 @@ def test_all_differences_are_listed_at_once() -> None:
     )  # fmt: skip
     with pytest.raises(CheckpointError) as caught:
         check_identity(Path("c"), saved, now, pytest.fail)
-    lines = caught.value.mistakes
+    lines = caught.value.lines
     assert len(lines) == 5  # other captions give both another vocabulary and other data: one line
     for fragment in ("run.seed was 0, now 5", "decoder.gate", "training.clip_norm", "processes", "vocabulary"):
         assert sum(fragment in line for line in lines) == 1

@@ -68,7 +68,7 @@ def test_a_model_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
         start_from(str(folder), _model(1, encoder, **decoder), Vocabulary(words), _recipe(encoder, **decoder))
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith(f"training.start_from: {folder}: ")
     assert found in mistake
     assert "\n" not in mistake
@@ -104,6 +104,6 @@ def test_a_finished_stage_whose_recipe_is_damaged_is_told(
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:
         refuse_to_skip([recipe], accelerator)
-    (mistake,) = caught.value.mistakes
+    (mistake,) = caught.value.lines
     assert mistake.startswith(f"{path}: is damaged: ")
     assert "\n" not in mistake

@@ -217,7 +217,7 @@ def test_poisoned_features_raise_and_leave_the_weights(poison: float, clip_norm:
     state = [(k, {n: t.clone() for n, t in v.items()}) for k, v in optimizer.state_dict()["state"].items() if v]
     with pytest.raises(NumericsError, match="step 8") as caught:
         step(7, [_samples([0, 1]), _samples([4]), _samples([5])])
-    assert len(caught.value.mistakes) == 1
+    assert len(caught.value.lines) == 1
     assert "training.learning_rate" in str(caught.value)
     assert _bits(model) == before
     for index, tensors in state:
