@@ -29,15 +29,11 @@ import yaml
 from capdist.distributed.launch import available_processors
 from capdist.errors import UsageError, run_program
 from capdist.recipe.reading import load_recipe, load_stages
-from capdist.recipe.sections import Recipe
+from capdist.recipe.sections import Key, Recipe
 from capdist.training.checkpoints import recipe_differences
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("bleu_1", "bleu_4", "cider")
-OF_ONE_RUN = {("run", key) for key in ("name", "output_dir", "seed", "threads")} | {
-    ("training", "start_from"), ("data", "path"), ("data", "num_workers"), ("training", "log_every"),
-}  # fmt: skip
-"""Keys in which two seeds of a row may differ."""
 
 
 def scores_of(folder: Path) -> dict[str, Any] | None:
@@ -59,9 +55,18 @@ def check_settings(folder: Path, expected: Recipe) -> None:
     saved = load_recipe(folder / "config.yaml")
     if mistakes := [
         f"{folder}: was trained with {section}.{key}={before}, not {after}; delete it, or choose another --output-dir"
-        for section, key, before, after in recipe_differences(saved.to_dict(), expected.to_dict(), OF_ONE_RUN)
+        for section, key, before, after, rule in recipe_differences(saved.to_dict(), expected.to_dict())
+        if not may_differ(section, key, rule)
     ]:
         raise UsageError(*mistakes)
+
+
+def may_differ(section: str, key: str, rule: Key) -> bool:
+    """Return whether two runs of a row may differ in a key: in their seed, and in what a resumed run may change.
+
+    Rows compare encoders, so none of their keys may differ, not even how the weights are named.
+    """
+    return (section, key) == ("run", "seed") or (rule.resume == "always" and section != "encoder")
 
 
 def folder_of(output: Path, row: str, seed: int) -> Path:

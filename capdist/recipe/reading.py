@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from capdist.errors import Mistake, UsageError, nearest_name, show_value
 from capdist.files import write_atomically
-from capdist.recipe.sections import Recipe, recipe_keys, start_in_own_folder
+from capdist.recipe.sections import Recipe, keys_of, recipe_keys, section_class, start_in_own_folder
 from capdist.recipe.stages import (
     COMMAND_LINE,
     Places,
@@ -257,11 +257,10 @@ def _read_value(text: str, *, for_text: bool) -> Any:
 
 
 def _takes_text(section: str, name: str) -> bool:
-    field = Recipe.model_fields.get(section)
-    keys = getattr(field.annotation, "model_fields", {}) if field is not None else {}
-    if name not in keys:
+    field = keys_of(section_class(section)).get(name) if section in Recipe.model_fields else None
+    if field is None:
         return False
-    choices = get_args(keys[name].annotation) or (keys[name].annotation,)
+    choices = get_args(field.annotation) or (field.annotation,)
     return {getattr(choice, "__origin__", choice) for choice in choices} <= {str, NoneType}
 
 

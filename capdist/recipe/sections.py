@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from capdist.errors import Mistake, UsageError
 
@@ -22,6 +24,40 @@ ImageSize = Annotated[int, Field(ge=32, le=2048)]
 BeamSize = Annotated[int, Field(ge=1, le=100)]
 LengthPenalty = Annotated[float, Field(ge=0, le=5)]
 Consensus = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=10)]
+Weight = Annotated[float, Field(ge=0)]
+PositiveNumber = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+GridSide = Annotated[int, Field(ge=1, le=64)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What may happen to a key of a recipe. Every key declares one of these; nothing else decides it.
+
+    Attributes:
+        stages: Whether the stages of a recipe may differ in the key.
+        resume: When `--resume` may change the key: `never`, only while the run is `unfinished`, or `always`.
+        layers: Whether the key shapes the network, so that `training.start_from` needs a model with the same value.
+    """
+
+    stages: bool
+    resume: Literal["never", "unfinished", "always"]
+    layers: bool = False
+
+
+FIXED = Key(stages=False, resume="never")
+"""Part of what a recipe is: data, words, chance."""
+LAYERS = Key(stages=False, resume="never", layers=True)
+"""Part of what the network is."""
+PER_STAGE = Key(stages=True, resume="never")
+"""Part of what one stage of training is."""
+LENGTH = Key(stages=True, resume="unfinished")
+"""How long a stage trains: a run that has not ended may end earlier or later."""
+FREE = Key(stages=True, resume="always")
+"""How a stage is computed or watched: any part of a run may do so differently."""
+PLACE = Key(stages=False, resume="always")
+"""Where a recipe runs, or where its files are. Other weights or captions in these files are found by their digests."""
 
 
 class Section(BaseModel):
@@ -35,13 +71,13 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$"), PLACE] = "run"
     """Name of the run; its folder is `<output_dir>/<name>/`."""
-    output_dir: Name = "runs"
+    output_dir: Annotated[Name, PLACE] = "runs"
     """Folder that holds the runs."""
-    seed: NotNegative = 0
+    seed: Annotated[NotNegative, FIXED] = 0
     """Decides initial weights, order, augmentation and dropout."""
-    threads: Positive | None = None
+    threads: Annotated[Positive | None, PLACE] = None
     """Processor threads of each process; null = share the machine's processors among its processes. The launcher's
     `--num_cpu_threads_per_process`, 1 where nobody gives it, is not heeded."""
 
@@ -49,35 +85,35 @@ class RunSection(Section):
 class DataSection(Section):
     """Which photos and captions, and how they reach the model."""
 
-    source: Literal["scenes", "flickr8k", "karpathy", "hub", "folder"] = "scenes"
+    source: Annotated[Literal["scenes", "flickr8k", "karpathy", "hub", "folder"], FIXED] = "scenes"
     """Where captioned photos come from; `scenes` are drawn and need nothing."""
-    path: str | None = None
+    path: Annotated[str | None, PLACE] = None
     """Folder or file of the source, or a Hugging Face data set id; `scenes` needs none."""
-    image_size: ImageSize = 224
+    image_size: Annotated[ImageSize, PER_STAGE] = 224
     """Photos are squashed to this many pixels a side: nothing that a caption may mention is cut off."""
-    batch_size: Positive = 32
+    batch_size: Annotated[Positive, PER_STAGE] = 32
     """Images in one micro-batch of one process."""
-    captions_per_image: Annotated[int, Field(ge=1, le=5)] = 5
+    captions_per_image: Annotated[int, Field(ge=1, le=5), PER_STAGE] = 5
     """Captions that share one pass of an image. An epoch shows every caption once whatever this says: with fewer than
     an image has, images pass several times; in `scst` each time with new samples."""
-    num_workers: Annotated[int, Field(ge=0, le=256)] = 0
+    num_workers: Annotated[int, Field(ge=0, le=256), FREE] = 0
     """Loader processes; 0 loads in the main process."""
-    limit: Positive | None = None
+    limit: Annotated[Positive | None, FIXED] = None
     """Use only the first so many images of each split."""
-    random_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    random_crop: Annotated[float, Field(gt=0, le=1), PER_STAGE] = 1.0
     """Smallest share of a photo's area that a random training crop keeps; 1 = no cropping."""
-    horizontal_flip: bool = False
+    horizontal_flip: Annotated[bool, PER_STAGE] = False
     """Mirror every second training photo, and swap `left` and `right` in its captions."""
-    color_jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    color_jitter: Annotated[float, Field(ge=0, le=1), PER_STAGE] = 0.0
     """Strength of random brightness, contrast and saturation in training; 0 = none."""
-    image_column: str | None = None
+    image_column: Annotated[str | None, FIXED] = None
     """`hub`, `folder`: column of the image or its file name; null = found by itself."""
-    captions_column: str | None = None
+    captions_column: Annotated[str | None, FIXED] = None
     """`hub`, `folder`: column of captions: a list, one a row, or a pattern such as `caption_*`; null = found by
     itself."""
-    id_column: str | None = None
+    id_column: Annotated[str | None, FIXED] = None
     """`hub`: column that names the image; null = found by itself."""
-    split_column: str | None = None
+    split_column: Annotated[str | None, FIXED] = None
     """`hub`, `folder`: column that names the split; null = the source's own splits."""
 
     @property
@@ -89,157 +125,158 @@ class DataSection(Section):
 class TextSection(Section):
     """Words."""
 
-    min_frequency: Positive = 2
+    min_frequency: Annotated[Positive, FIXED] = 2
     """Words seen less often in the training captions become `<unk>`."""
-    max_length: Annotated[int, Field(ge=2, le=200)] = 20
+    max_length: Annotated[int, Field(ge=2, le=200), FIXED] = 20
     """Most words in a caption, in training (longer ones are cut and counted) and in search."""
 
 
 class EncoderSection(Section):
     """The network that turns a photo into a grid of features."""
 
-    name: Name = "resnet50"
+    name: Annotated[Name, LAYERS] = "resnet50"
     """A torchvision ResNet (`resnet18` to `resnet152`, `resnext…`, `wide_resnet…`) or `timm/<name>`."""
-    weights: Name = "DEFAULT"
+    weights: Annotated[Name, PLACE] = "DEFAULT"
     """`DEFAULT` or a torchvision weights name (downloaded), a local `.pth` or `.safetensors` file, or `none`."""
-    stage: Name | None = None
+    stage: Annotated[Name | None, LAYERS] = None
     """Last block of the network that is used, such as `layer3` or `blocks.6`; null = all of them."""
-    grid: Annotated[int, Field(ge=1, le=64)] | None = None
+    grid: Annotated[GridSide | None, LAYERS] = None
     """Average-pool the feature map to this many cells a side (14 as published); null = as it comes."""
-    projection: Positive | None = None
+    projection: Annotated[Positive | None, LAYERS] = None
     """Width of a learned 1x1 convolution over the features; null = none."""
-    trainable_from: str | None = None
+    trainable_from: Annotated[str | None, PER_STAGE] = None
     """First block that trains, such as `layer3`, or `all`; null = the encoder stays frozen."""
-    batch_norm: Literal["frozen", "train"] = "frozen"
+    batch_norm: Annotated[Literal["frozen", "train"], PER_STAGE] = "frozen"
     """Whether BatchNorm of blocks that train uses its stored statistics or those of the batch."""
-    cache: Literal["auto", "off"] = "auto"
+    cache: Annotated[Literal["auto", "off"], FREE] = "auto"
     """`auto`: encode each photo once if the encoder is frozen and nothing is augmented; see also `cache_views`."""
-    cache_views: Positive | None = None
+    cache_views: Annotated[Positive | None, PER_STAGE] = None
     """With augmentation and a frozen encoder: encode this many random views of each training photo once and go
     through them epoch by epoch; null = augment anew in every epoch, without a cache."""
-    precision: Literal["auto", "inherit", "no", "bf16"] = "auto"
+    precision: Annotated[Literal["auto", "inherit", "no", "bf16"], PER_STAGE] = "auto"
     """Arithmetic of a frozen encoder's pass: `auto` = bf16 where the processor has units for it, else float32;
     `inherit` = as training.mixed_precision took effect."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], FREE] = "auto"
     """Whether the encoder that fills the cache is compiled: `auto` = once it is clear that a quarter of an hour of
     encoding remains."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, FREE] = False
     """Recompute the activations of blocks that train in the backward pass: less memory, about a third more time."""
 
 
 class DecoderSection(Section):
     """The network that turns features into words."""
 
-    name: Literal["soft_attention"] = "soft_attention"
+    name: Annotated[Literal["soft_attention"], LAYERS] = "soft_attention"
     """The LSTM of Xu et al., Show, Attend and Tell (2015)."""
-    embed_size: Positive = 512
+    embed_size: Annotated[Positive, LAYERS] = 512
     """Width of a word vector."""
-    hidden_size: Positive = 512
+    hidden_size: Annotated[Positive, LAYERS] = 512
     """Width of the state of the LSTM."""
-    attention_size: Positive = 512
+    attention_size: Annotated[Positive, LAYERS] = 512
     """Width of the space in which query and keys meet."""
-    dropout: Fraction = 0.5
+    dropout: Annotated[Fraction, PER_STAGE] = 0.5
     """Dropout on word vectors and on the state before the vocabulary head."""
-    gate: bool = False
+    gate: Annotated[bool, LAYERS] = False
     """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1)."""
-    tie_weights: bool = False
+    tie_weights: Annotated[bool, LAYERS] = False
     """Use one matrix for word vectors and vocabulary head; needs embed_size = hidden_size."""
 
 
 class TrainingSection(Section):
     """How the weights change."""
 
-    stage: Literal["cross_entropy", "scst"] = "cross_entropy"
+    stage: Annotated[Literal["cross_entropy", "scst"], PER_STAGE] = "cross_entropy"
     """`cross_entropy` learns the captions of people word by word; `scst` (self-critical sequence training, Rennie et
     al. 2017) samples captions and learns from their scores, without dropout, see section `scst`."""
-    start_from: Name | None = None
+    # A resumed run starts from its checkpoint, not from here.
+    start_from: Annotated[Name | None, Key(stages=True, resume="always")] = None
     """Model folder whose weights, the encoder's too, training starts from; null = new weights."""
 
-    epochs: Positive = 10
+    epochs: Annotated[Positive, LENGTH] = 10
     """Passes over all training captions."""
-    max_steps: Positive | None = None
+    max_steps: Annotated[Positive | None, LENGTH] = None
     """Stop after so many optimizer steps even if epochs remain; null = no such limit."""
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-3
+    learning_rate: Annotated[Rate, PER_STAGE] = 1e-3
     """Peak rate of an optimizer step, never multiplied by the number of processes."""
-    encoder_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    encoder_learning_rate: Annotated[Rate | None, PER_STAGE] = None
     """Peak rate of the encoder's blocks that train; null = learning_rate."""
-    optimizer: Literal["adam", "adamw"] = "adamw"
+    optimizer: Annotated[Literal["adam", "adamw"], PER_STAGE] = "adamw"
     """`adam` (Kingma & Ba) or `adamw` (Loshchilov & Hutter)."""
-    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1), PER_STAGE] = 0.0
     """Decay of matrices under `adamw`; biases, norms and word vectors, also those that are
     the vocabulary head, are exempt. `adam` takes none."""
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Annotated[Literal["constant", "cosine"], PER_STAGE] = "cosine"
     """Rate after warm-up: as it is, or down to zero along half a cosine."""
-    warmup_steps: NotNegative = 0
+    warmup_steps: Annotated[NotNegative, PER_STAGE] = 0
     """Steps over which the rate grows from zero; a run that ends before is all warm-up."""
-    accumulation: Positive = 1
+    accumulation: Annotated[Positive, PER_STAGE] = 1
     """Micro-batches of each process in one optimizer step."""
-    clip_norm: Annotated[float, Field(gt=0)] | None = 5.0
+    clip_norm: Annotated[PositiveNumber | None, PER_STAGE] = 5.0
     """Largest norm of all gradients together; null = no clipping."""
-    label_smoothing: Fraction = 0.1
+    label_smoothing: Annotated[Fraction, PER_STAGE] = 0.1
     """Share of probability spread over all words (Szegedy et al. 2016); not in `scst`."""
-    scheduled_sampling: Fraction = 0.0
+    scheduled_sampling: Annotated[Fraction, PER_STAGE] = 0.0
     """Share of the words read in training that are the model's own instead of people's, reached bit by bit over the run
     (Bengio et al. 2015); not in `scst`."""
-    doubly_stochastic: Annotated[float, Field(ge=0)] = 0.0
+    doubly_stochastic: Annotated[Weight, PER_STAGE] = 0.0
     """Weight of the penalty that every cell be looked at about once (Xu et al., equation 14); not in `scst`."""
-    word_presence: Annotated[float, Field(ge=0)] = 0.0
+    word_presence: Annotated[Weight, PER_STAGE] = 0.0
     """Weight of a second task for the features: to tell from their mean which words the captions of an image have
     (Wu et al. 2016). The layer that does so is not kept; not in `scst`."""
-    mixed_precision: Literal["inherit", "no", "bf16", "fp16"] = "inherit"
+    mixed_precision: Annotated[Literal["inherit", "no", "bf16", "fp16"], FIXED] = "inherit"
     """Precision of the arithmetic; `inherit` takes what `accelerate launch` was given."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_decay: Annotated[Decay | None, PER_STAGE] = None
     """Validate and keep an exponential moving average of the weights, of which each step keeps this share,
     but no more than (1 + t) / (10 + t) at step t: a run of fewer than 9 / (1 - ema_decay) steps averages about its last
     tenth whatever this says. null = the weights as they are."""
-    patience: Positive | None = None
+    patience: Annotated[Positive | None, LENGTH] = None
     """Stop after so many validations without a better score; null = never."""
-    log_every: Positive = 10
+    log_every: Annotated[Positive, FREE] = 10
     """Steps between two training lines of `log.jsonl`."""
 
 
 class ScstSection(Section):
     """Self-critical training, `training.stage=scst`."""
 
-    samples: Annotated[int, Field(ge=1, le=64)] = 5
+    samples: Annotated[int, Field(ge=1, le=64), PER_STAGE] = 5
     """Captions drawn of each image in a step."""
-    baseline: Literal["others", "greedy"] = "others"
+    baseline: Annotated[Literal["others", "greedy"], PER_STAGE] = "others"
     """What a reward is compared with: the mean of the other samples of the image (Luo 2020), or the reward of its
     greedy caption (Rennie et al. 2017)."""
-    temperature: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=1), PER_STAGE] = 1.0
     """The vocabulary head is divided by it before the first step, so that below 1 the model draws more of what it
     finds probable. What label smoothing and dropout have taught is flat: undivided, its samples are far worse than its
     greedy captions, and learning from them makes captions short and safe instead of good. Each run
     that starts divides anew: to go on from a model of scst, set 1."""
-    cider_weight: Annotated[float, Field(ge=0)] = 1.0
+    cider_weight: Annotated[Weight, PER_STAGE] = 1.0
     """Weight of CIDEr-D, 0…10, in the reward; document frequencies are those of the training split."""
-    bleu_weight: Annotated[float, Field(ge=0)] = 0.0
+    bleu_weight: Annotated[Weight, PER_STAGE] = 0.0
     """Weight of BLEU-4 of the caption, 0…1, in the reward."""
-    cross_entropy_weight: Annotated[float, Field(ge=0)] = 0.0
+    cross_entropy_weight: Annotated[Weight, PER_STAGE] = 0.0
     """Weight of the cross-entropy of people's captions, learned along in the same steps."""
 
 
 class EvaluationSection(Section):
     """Free-running validation."""
 
-    every_epochs: Positive = 1
+    every_epochs: Annotated[Positive, FREE] = 1
     """Epochs between two validations; the last epoch always ends with one."""
-    beam_size: BeamSize = 3
+    beam_size: Annotated[BeamSize, PER_STAGE] = 3
     """Beams of the search; 1 = greedy."""
-    length_penalty: LengthPenalty = 0.0
+    length_penalty: Annotated[LengthPenalty, PER_STAGE] = 0.0
     """Exponent of the length by which a caption's log-probability is divided."""
-    no_repeat_ngram: NotNegative = 0
+    no_repeat_ngram: Annotated[NotNegative, PER_STAGE] = 0
     """No caption says the same n words in a row twice; 0 = off."""
-    consensus: Consensus | None = None
+    consensus: Annotated[Consensus | None, PER_STAGE] = None
     """Say the candidate that agrees most with all candidates, each trusted by its probability ** (1 / consensus);
     null = the most probable one. Wants more beams: 10."""
-    min_length: NotNegative = 0
+    min_length: Annotated[NotNegative, PER_STAGE] = 0
     """Fewest words in a caption."""
-    batch_size: Positive = 64
+    batch_size: Annotated[Positive, FREE] = 64
     """Images that one process captions, or encodes for the cache, at once."""
-    select_by: Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"] = "cider"
+    select_by: Annotated[Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"], PER_STAGE] = "cider"
     """Validation metric that decides which model is the best."""
-    halve_validation: bool = False
+    halve_validation: Annotated[bool, FIXED] = False
     """Choose the best model on one half of the validation split; the other (`dev-report`) then gives the final scores
     where there is no test split, scores on which nothing was chosen."""
 
@@ -247,18 +284,20 @@ class EvaluationSection(Section):
 class CheckpointSection(Section):
     """Saved states of a run."""
 
-    every_steps: Positive | None = None
+    every_steps: Annotated[Positive | None, FREE] = None
     """Optimizer steps between two checkpoints; null = at the end of each epoch."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2), FREE] = 2
     """Newest checkpoints to keep. At least two, so that one is whole at any moment."""
 
 
 class TrackingSection(Section):
     """Who else hears of the run; `log.jsonl` is always written."""
 
-    with_: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(alias="with", strict=False)] = ("tensorboard",)
+    with_: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(alias="with", strict=False), PLACE] = (
+        "tensorboard",
+    )
     """Trackers: `tensorboard`, `wandb` or both."""
-    project: Name = "capdist"
+    project: Annotated[Name, PLACE] = "capdist"
     """Project name for wandb."""
 
 
@@ -358,10 +397,26 @@ def start_in_own_folder(recipe: Recipe) -> Iterator[Mistake]:
         yield Mistake("training.start_from", found, "change run.name")
 
 
+def section_class(section: str) -> type[Section]:
+    """Return the class that declares the keys of a section."""
+    annotation = Recipe.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, Section)
+    return annotation
+
+
+def keys_of(section: type[Section]) -> dict[str, FieldInfo]:
+    """Return the declarations of a section by key, as a recipe spells it."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def rules_of(section: type[Section]) -> dict[str, Key]:
+    """Return what may happen to each key of a section."""
+    return {name: next(m for m in field.metadata if isinstance(m, Key)) for name, field in keys_of(section).items()}
+
+
 def recipe_keys() -> Iterable[tuple[str, str]]:
     """Yield every (section, key) that a recipe may hold."""
-    for section, field in Recipe.model_fields.items():
-        assert isinstance(field.annotation, type)
-        assert issubclass(field.annotation, Section)
-        for name, inner in field.annotation.model_fields.items():
-            yield section, inner.alias or name
+    for section in Recipe.model_fields:
+        for name in keys_of(section_class(section)):
+            yield section, name

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capdist.errors import Mistake, UsageError, nearest, show_value
-from capdist.recipe.sections import Recipe
+from capdist.recipe.sections import Recipe, rules_of
 
 Places = dict[tuple[str, ...], str]
 """Where each key of a recipe is from: file and line, or the command line."""
@@ -72,39 +72,20 @@ def merge_stage(
     return merged, places | {place[2:]: where for place, where in places.items() if place[:2] == above and place[2:]}
 
 
-_KEYS_OF_STAGES = {
-    "data": {
-        "batch_size", "captions_per_image", "image_size", "num_workers", "random_crop", "horizontal_flip",
-        "color_jitter",
-    },
-    "encoder": {
-        "trainable_from", "batch_norm", "cache", "cache_views", "precision", "compile", "gradient_checkpointing",
-    },
-    "decoder": {"dropout"},
-}  # fmt: skip
-_SECTIONS_OF_STAGES = ("training", "scst", "evaluation", "checkpoint")
-
-
 def differences_between_stages(recipes: Sequence[Recipe], names: Sequence[str], places: Places) -> list[Mistake]:
     """Return mistakes for keys in which stages differ although their models could not go on from each other."""
     mistakes = []
     first = recipes[0].to_dict()
     for name, recipe in zip(names, recipes, strict=True):
         for section, keys in recipe.to_dict().items():
+            rules = rules_of(type(getattr(recipe, section)))
             for key, value in keys.items():
-                if not _may_differ(section, key) and value != first[section][key]:
+                if not rules[key].stages and value != first[section][key]:
                     where = (("stages", stage, section, key) for stage in (name, *names))
                     place = next((places[key] for key in where if key in places), f"{COMMAND_LINE}: stages.{name}")
                     found = "must be the same in all stages"
                     mistakes.append(Mistake(f"{section}.{key}", found, "set it outside them", place))
     return mistakes
-
-
-def _may_differ(section: str, key: str) -> bool:
-    if section in _SECTIONS_OF_STAGES:
-        # Halves that come later would report photos on which the model was chosen.
-        return (section, key) not in (("training", "mixed_precision"), ("evaluation", "halve_validation"))
-    return key in _KEYS_OF_STAGES.get(section, ())
 
 
 def chain_stages(recipes: Sequence[Recipe], names: Sequence[str]) -> list[Recipe]:

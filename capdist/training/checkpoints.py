@@ -12,10 +12,10 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from capdist.distributed.launch import Accelerator, on_main
 from capdist.errors import CheckpointError, reason_of
 from capdist.files import staged_folder
-from capdist.model_folder import SEARCH_KEYS, sha256
-from capdist.recipe.sections import Recipe
+from capdist.model_folder import sha256
+from capdist.recipe.sections import FIXED, Key, Recipe, rules_of, section_class
 from capdist.training.averaging import WeightAverage
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -80,16 +80,22 @@ class Identity:
     versions: dict[str, str]
 
 
-FREE_KEYS = {
-    ("run", "name"), ("run", "output_dir"), ("run", "threads"), ("data", "path"), ("data", "num_workers"),
-    ("encoder", "weights"), ("encoder", "cache"), ("encoder", "compile"), ("encoder", "gradient_checkpointing"),
-    ("training", "start_from"), ("training", "epochs"), ("training", "max_steps"),
-    ("training", "patience"), ("training", "log_every"),
-}  # fmt: skip
-"""Recipe keys that a resumed run may change, as it may `checkpoint`, `tracking`, and `evaluation` but for these:"""
+class Difference(NamedTuple):
+    """A key in which two resolved recipes differ.
 
-CHOOSING_KEYS = ("select_by", "halve_validation", *SEARCH_KEYS)
-"""Keys of `evaluation` without which the best score so far means nothing."""
+    Attributes:
+        section: Of the recipe.
+        key: Of the section.
+        before: Value that was saved.
+        now: Value of today.
+        rule: What may happen to the key.
+    """
+
+    section: str
+    key: str
+    before: Any
+    now: Any
+    rule: Key
 
 
 def save_checkpoint(
@@ -219,7 +225,8 @@ def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Calla
     """
     mistakes = [
         f"{checkpoint}: {section}.{key} was {before!r}, now {after!r}; set it back, or start a run of its own"
-        for section, key, before, after in recipe_differences(saved.recipe, now.recipe)
+        for section, key, before, after, rule in recipe_differences(saved.recipe, now.recipe)
+        if rule.resume == "never"
     ]
     if saved.num_processes != now.num_processes:
         mistakes.append(
@@ -243,23 +250,21 @@ def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Calla
 
 
 def recipe_differences(
-    saved: dict[str, dict[str, Any]], now: dict[str, dict[str, Any]], may_change: Set[tuple[str, str]] = FREE_KEYS
-) -> Iterator[tuple[str, str, Any, Any]]:
-    """Yield section, key and both values of what makes two resolved recipes different runs.
+    saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Difference]:
+    """Yield every key in which two resolved recipes differ.
 
     Args:
-        saved: As it was; a key that is missing had its default.
-        now: As it is.
-        may_change: Sections and keys that make no difference, besides those of `checkpoint`, `tracking` and most of
-            `evaluation`.
+        saved: A recipe of the past. A key that it lacks had its default.
+        now: A recipe of today. A key that it lacks is unknown today, and may never change.
     """
     defaults = Recipe().to_dict()
-    for section in saved.keys() | now.keys():
-        before, after = defaults.get(section, {}) | saved.get(section, {}), now.get(section, {})
-        for key in sorted(before.keys() | after.keys()):
-            free = section in ("checkpoint", "tracking") or (section == "evaluation" and key not in CHOOSING_KEYS)
-            if before.get(key) != after.get(key) and not free and (section, key) not in may_change:
-                yield section, key, before.get(key), after.get(key)
+    for section in {**now, **saved}:
+        before, after = {**defaults.get(section, {}), **saved.get(section, {})}, now.get(section, {})
+        rules = rules_of(section_class(section)) if section in defaults else {}
+        for key in sorted({**before, **after}):
+            if before.get(key) != after.get(key):
+                yield Difference(section, key, before.get(key), after.get(key), rules.get(key, FIXED))
 
 
 def load_checkpoint(

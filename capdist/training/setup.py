@@ -21,11 +21,10 @@ from capdist.errors import CheckpointError, Mistake, UsageError
 from capdist.features.store import weights_digest
 from capdist.model_folder import TrainedModel, load_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
-from capdist.recipe.sections import Recipe
+from capdist.recipe.sections import Recipe, rules_of
 from capdist.text.vocabulary import Vocabulary
 from capdist.training import OBJECTIVES
 from capdist.training.checkpoints import (
-    FREE_KEYS,
     Identity,
     check_identity,
     load_weights,
@@ -69,7 +68,7 @@ def refuse_to_skip(stages: Sequence[Recipe], accelerator: Accelerator) -> None:
 
 
 def _not_as_trained(recipe: Recipe) -> Iterator[str]:
-    folder, lengths = recipe.run_folder, {("training", key) for key in ("epochs", "max_steps", "patience")}
+    folder = recipe.run_folder
     if not (folder / "model").is_dir() or not (folder / "config.yaml").is_file():
         yield (
             f"{folder}: has no config.yaml and model/, though a later stage began, which needs this one; "
@@ -83,11 +82,12 @@ def _not_as_trained(recipe: Recipe) -> Iterator[str]:
             "folders of the later stages to train it again"
         )
         return
-    for section, key, before, after in recipe_differences(saved, recipe.to_dict(), FREE_KEYS - lengths):
-        yield (
-            f"{folder}: this stage is over; {section}.{key} was {before!r}, now {after!r}; set it back "
-            f"(stages.NAME.{section}.{key} is for one stage), or choose another run.name"
-        )
+    for section, key, before, after, rule in recipe_differences(saved, recipe.to_dict()):
+        if rule.resume != "always":
+            yield (
+                f"{folder}: this stage is over; {section}.{key} was {before!r}, now {after!r}; set it back "
+                f"(stages.NAME.{section}.{key} is for one stage), or choose another run.name"
+            )
 
 
 def _saved_recipe(path: Path) -> dict[str, dict[str, Any]] | None:
@@ -199,17 +199,12 @@ def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary, recipe:
     model.load_state_dict(trained.model.state_dict())
 
 
-_OF_LAYERS = {
-    "encoder": ("name", "stage", "grid", "projection"),
-    "decoder": ("embed_size", "hidden_size", "attention_size", "gate", "tie_weights"),
-}
-
-
 def _other_layers(trained: TrainedModel, recipe: Recipe) -> Iterator[tuple[str, str, Any, Any]]:
-    for section, keys in _OF_LAYERS.items():
+    """Yield section, key and both values of what gives the two models other layers."""
+    for section in ("encoder", "decoder"):
         theirs, ours = getattr(trained, section), getattr(recipe, section)
-        for key in keys:
-            if getattr(theirs, key) != getattr(ours, key):
+        for key, rule in rules_of(type(ours)).items():
+            if rule.layers and getattr(theirs, key) != getattr(ours, key):
                 yield section, key, getattr(theirs, key), getattr(ours, key)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from capdist.errors import UsageError
 from capdist.recipe.reading import load_recipe, save_recipe
+from capdist.recipe.sections import Recipe, rules_of, section_class
 from tests.processes import REPOSITORY, run
 
 
@@ -65,6 +66,20 @@ def test_runs_of_other_settings_share_no_table(ablations: ModuleType, tmp_path: 
     _score(tmp_path, name, ["decoder.gate=true"] if name == "gate-0" else [], 0.5, epochs=9)
     with pytest.raises(UsageError, match=f"{name}: was trained with training.epochs=9, not 5"):
         ablations.table({"base": [], "gate": ["decoder.gate=true"]}, tmp_path, [0, 1])
+
+
+def test_seeds_of_a_row_may_differ_in_where_and_how_they_are_computed(ablations: ModuleType) -> None:
+    may_differ = {
+        f"{section}.{key}"
+        for section in Recipe.model_fields
+        for key, rule in rules_of(section_class(section)).items()
+        if ablations.may_differ(section, key, rule)
+    }
+    assert may_differ == {
+        "run.name", "run.output_dir", "run.seed", "run.threads", "data.path", "data.num_workers",
+        "training.start_from", "training.log_every", "evaluation.every_epochs", "evaluation.batch_size",
+        "checkpoint.every_steps", "checkpoint.keep", "tracking.with", "tracking.project",
+    }  # fmt: skip
 
 
 def test_half_of_a_few_photos_is_not_half_of_all(tmp_path: Path) -> None:

@@ -107,3 +107,28 @@ def test_a_finished_stage_whose_recipe_is_damaged_is_told(
     (mistake,) = caught.value.lines
     assert mistake.startswith(f"{path}: is damaged: ")
     assert "\n" not in mistake
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_refused"),
+    [
+        ("training.epochs", 11, True),
+        ("training.learning_rate", 0.5, True),
+        ("training.log_every", 7, False),
+        ("checkpoint.keep", 5, False),
+    ],
+)
+def test_a_finished_stage_keeps_its_length_and_what_it_trained(
+    key: str, value: object, is_refused: bool, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    run = {"name": "r", "output_dir": str(tmp_path)}
+    recipe = Recipe(run=run)
+    (recipe.run_folder / "model").mkdir(parents=True)
+    save_recipe(recipe, recipe.run_folder / "config.yaml")
+    section, name = key.split(".")
+    changed = Recipe(run=run, **{section: {name: value}})
+    if not is_refused:
+        refuse_to_skip([changed], accelerator)
+        return
+    with pytest.raises(CheckpointError, match=f"this stage is over; {key} was .*, now {value}; set it back"):
+        refuse_to_skip([changed], accelerator)
