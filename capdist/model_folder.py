@@ -21,6 +21,7 @@ from capdist.errors import CapdistError, CheckpointError, StorageError, reason_o
 from capdist.files import set_aside, staged_folder, write_atomically
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.recipe.sections import (
+    AnyDecoderSection,
     BeamSize,
     Consensus,
     DecoderSection,
@@ -242,7 +243,7 @@ class _Config(BaseModel):
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
     encoder: EncoderSection
-    decoder: DecoderSection
+    decoder: AnyDecoderSection
     preprocessing: _PreprocessingConfig
     max_length: Positive
     search: _SearchConfig

@@ -12,7 +12,7 @@ from capdist.models import DECODERS
 from capdist.models.caption_model import CaptionModel, Output
 from capdist.models.decoder import Decoder
 from capdist.models.encoder import Backbone, Encoder
-from capdist.recipe.sections import DecoderSection
+from capdist.recipe.sections import DECODER_SECTIONS
 from capdist.text.vocabulary import IGNORED_LABEL
 from capdist.training.objectives import cross_entropy
 
@@ -26,7 +26,7 @@ def tiny_decoder(
     name: str = "soft_attention", *, feature_size: int = 6, vocab_size: int = 13, **keys: Any
 ) -> Decoder[Any]:
     """Return a decoder with random weights; `keys` are those of its section, without dropout unless given."""
-    section = DecoderSection.model_validate({"name": name, "dropout": 0.0} | TINY[name] | keys)
+    section = DECODER_SECTIONS[name].model_validate({"dropout": 0.0} | TINY[name] | keys)
     return DECODERS[name](section, feature_size=feature_size, vocab_size=vocab_size, pad_id=0)
 
 

@@ -16,7 +16,7 @@ from capdist.models.attention import AdditiveAttention, Look, Memory
 from capdist.models.decoder import Decoder, Reading, rows_of
 from capdist.models.deferred import StepLinear
 from capdist.models.packing import Packing
-from capdist.recipe.sections import DecoderSection
+from capdist.recipe.sections import SoftAttentionSection
 
 Products = tuple[StepLinear, StepLinear]
 """The layers that every step applies: one to the hidden state, one to the context."""
@@ -51,7 +51,7 @@ class SoftAttentionDecoder(Decoder[LSTMState]):
         pad_id: Id whose word vector starts as zero, and stays zero unless it is tied.
     """
 
-    def __init__(self, section: DecoderSection, *, feature_size: int, vocab_size: int, pad_id: int) -> None:
+    def __init__(self, section: SoftAttentionSection, *, feature_size: int, vocab_size: int, pad_id: int) -> None:
         super().__init__()
         embed_size, hidden_size = section.embed_size, section.hidden_size
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=pad_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import errno
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from capdist.errors import Mistake, UsageError, nearest_name, show_value
 from capdist.files import write_atomically
-from capdist.recipe.sections import Recipe, keys_of, recipe_keys, section_class, start_in_own_folder
+from capdist.recipe.sections import Recipe, keys_of, recipe_keys, section_class, section_classes, start_in_own_folder
 from capdist.recipe.stages import (
     COMMAND_LINE,
     Places,
@@ -257,11 +257,10 @@ def _read_value(text: str, *, for_text: bool) -> Any:
 
 
 def _takes_text(section: str, name: str) -> bool:
-    field = keys_of(section_class(section)).get(name) if section in Recipe.model_fields else None
-    if field is None:
-        return False
-    choices = get_args(field.annotation) or (field.annotation,)
-    return {getattr(choice, "__origin__", choice) for choice in choices} <= {str, NoneType}
+    classes = section_classes(section) if section in Recipe.model_fields else ()
+    types = [keys_of(one)[name].annotation for one in classes if name in keys_of(one)]
+    choices = {choice for annotation in types for choice in get_args(annotation) or (annotation,)}
+    return bool(types) and {getattr(choice, "__origin__", choice) for choice in choices} <= {str, NoneType}
 
 
 def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: list[Mistake]) -> Recipe:
@@ -271,7 +270,7 @@ def _validate(values: Mapping[str, Any], places: Places, origin: str, mistakes: 
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        mistakes += [_explain(details, places, origin) for details in error.errors(include_url=False)]
+        mistakes += [_explain(details, values, places, origin) for details in error.errors(include_url=False)]
         wrong = {tuple(map(str, details["loc"]))[:2] for details in error.errors(include_url=False)}
         mistakes += [_with_place(mistake, places, origin) for mistake in _mistakes_of_the_rest(values, wrong)]
     except UsageError as error:
@@ -307,12 +306,12 @@ def _with_place(mistake: Mistake, places: Places, origin: str) -> Mistake:
     return mistake.at(places.get(_path(mistake), origin))
 
 
-def _explain(details: ErrorDetails, places: Places, origin: str) -> Mistake:
+def _explain(details: ErrorDetails, values: Mapping[str, Any], places: Places, origin: str) -> Mistake:
     key = tuple(str(part) for part in details["loc"])[:2]
     place = places.get(key) or places.get(key[:1]) or origin
     found, hint = f"found {show_value(details['input'])}", ""
     if details["type"] == "extra_forbidden":
-        text, hint = "unknown key", _suggest(key)
+        text, hint = _unknown_key(key, values)
     elif details["type"] == "model_type":
         text = f"expected a section of keys, {found}"
     else:
@@ -320,17 +319,24 @@ def _explain(details: ErrorDetails, places: Places, origin: str) -> Mistake:
     return Mistake(".".join(key), text, hint, place)
 
 
-def _suggest(key: tuple[str, ...]) -> str:
-    """Return the known key most like an unknown one, of its own section or else of another, or all known keys."""
+def _unknown_key(key: tuple[str, ...], values: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what is wrong with an unknown key, and the known key most like it or all known keys."""
     if len(key) == 1:
-        known, closest = sorted(Recipe.model_fields), nearest_name(key[0], Recipe.model_fields)
-    else:
-        section, name = key
-        known = sorted(own for of, own in recipe_keys() if of == section)
-        near = nearest_name(name, known)
-        elsewhere = sorted(f"{other}.{own}" for other, own in recipe_keys() if own == name)
-        closest = f"{section}.{near}" if near else next(iter(elsewhere), None)
-    return f"did you mean '{closest}'?" if closest else f"known: {', '.join(known)}"
+        return "unknown key", _suggest(nearest_name(key[0], Recipe.model_fields), Recipe.model_fields)
+    section, name = key
+    chosen = section_class(section, values[section])
+    known = keys_of(chosen)
+    if owners := [one for one in section_classes(section) if name in keys_of(one)]:
+        others = " and ".join(one.model_fields["name"].default for one in owners)
+        own = known["name"].default
+        return f"is a key of {section}.name={others}, not of {own}", f"change {section}.name, or drop this key"
+    near = nearest_name(name, known)
+    elsewhere = sorted(f"{other}.{own}" for other, own in recipe_keys() if own == name)
+    return "unknown key", _suggest(f"{section}.{near}" if near else next(iter(elsewhere), None), known)
+
+
+def _suggest(closest: str | None, known: Iterable[str]) -> str:
+    return f"did you mean '{closest}'?" if closest else f"known: {', '.join(sorted(known))}"
 
 
 def _reason(details: ErrorDetails) -> str:

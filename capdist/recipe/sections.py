@@ -6,13 +6,22 @@ A recipe is a YAML file under `configs/`; `section.key=value` on the command lin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
+from pydantic_core import InitErrorDetails
 
 from capdist.errors import Mistake, UsageError
 
@@ -164,7 +173,20 @@ class EncoderSection(Section):
 
 
 class DecoderSection(Section):
-    """The network that turns features into words."""
+    """The network that turns features into words: the keys of every decoder. `name` decides which others there are."""
+
+    name: Annotated[Name, LAYERS]
+    """Which decoder, a key of `DECODER_SECTIONS`."""
+    dropout: Annotated[Fraction, PER_STAGE] = 0.5
+    """Share of activations that are set to zero in training."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what these keys get wrong together."""
+        yield from ()
+
+
+class SoftAttentionSection(DecoderSection):
+    """An LSTM that looks at the grid by soft attention before each word (Xu et al. 2015, Show, Attend and Tell)."""
 
     name: Annotated[Literal["soft_attention"], LAYERS] = "soft_attention"
     """The LSTM of Xu et al., Show, Attend and Tell (2015)."""
@@ -180,6 +202,34 @@ class DecoderSection(Section):
     """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1)."""
     tie_weights: Annotated[bool, LAYERS] = False
     """Use one matrix for word vectors and vocabulary head; needs embed_size = hidden_size."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what these keys get wrong together."""
+        if self.tie_weights and self.embed_size != self.hidden_size:
+            yield Mistake(
+                "decoder.tie_weights",
+                f"needs decoder.embed_size = decoder.hidden_size, found {self.embed_size} and {self.hidden_size}",
+            )
+
+
+DECODER_SECTIONS: dict[str, type[DecoderSection]] = {"soft_attention": SoftAttentionSection}
+"""The keys of each decoder by its name, the default first. A new decoder needs a class of keys and a line here."""
+
+
+def _check_by_name(values: Any) -> Any:
+    """Check the values of a decoder section by the class that their name chooses."""
+    if not isinstance(values, Mapping):
+        return values  # a section that is checked already, or a mistake
+    name = values.get("name", next(iter(DECODER_SECTIONS)))
+    if isinstance(name, str) and name in DECODER_SECTIONS:
+        return DECODER_SECTIONS[name].model_validate(values)
+    known = " or ".join(map(repr, DECODER_SECTIONS))
+    unknown = InitErrorDetails(type="literal_error", loc=("name",), input=name, ctx={"expected": known})
+    raise ValidationError.from_exception_data("decoder", [unknown])
+
+
+AnyDecoderSection = Annotated[SerializeAsAny[DecoderSection], BeforeValidator(_check_by_name)]
+"""The section of any decoder of the table, chosen by its name."""
 
 
 class TrainingSection(Section):
@@ -308,7 +358,7 @@ class Recipe(Section):
     data: DataSection = DataSection()
     text: TextSection = TextSection()
     encoder: EncoderSection = EncoderSection()
-    decoder: DecoderSection = DecoderSection()
+    decoder: AnyDecoderSection = SoftAttentionSection()
     training: TrainingSection = TrainingSection()
     scst: ScstSection = ScstSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -342,12 +392,8 @@ class Recipe(Section):
 
 
 def _cross_section_mistakes(recipe: Recipe) -> Iterator[Mistake]:
-    decoder, encoder, data = recipe.decoder, recipe.encoder, recipe.data
-    if decoder.tie_weights and decoder.embed_size != decoder.hidden_size:
-        yield Mistake(
-            "decoder.tie_weights",
-            f"needs decoder.embed_size = decoder.hidden_size, found {decoder.embed_size} and {decoder.hidden_size}",
-        )
+    encoder, data = recipe.encoder, recipe.data
+    yield from recipe.decoder.mistakes()
     if recipe.evaluation.min_length > recipe.text.max_length:
         yield Mistake(
             "evaluation.min_length",
@@ -397,12 +443,19 @@ def start_in_own_folder(recipe: Recipe) -> Iterator[Mistake]:
         yield Mistake("training.start_from", found, "change run.name")
 
 
-def section_class(section: str) -> type[Section]:
-    """Return the class that declares the keys of a section."""
+def section_classes(section: str) -> tuple[type[Section], ...]:
+    """Return the classes that may declare the keys of a section: one, or for `decoder` one for each decoder."""
     annotation = Recipe.model_fields[section].annotation
     assert isinstance(annotation, type)
     assert issubclass(annotation, Section)
-    return annotation
+    return tuple(DECODER_SECTIONS.values()) if issubclass(annotation, DecoderSection) else (annotation,)
+
+
+def section_class(section: str, values: Mapping[str, Any]) -> type[Section]:
+    """Return the class that declares the keys of a section with these values."""
+    classes, name = section_classes(section), values.get("name")
+    chosen = DECODER_SECTIONS.get(name) if isinstance(name, str) else None
+    return chosen if chosen in classes else classes[0]
 
 
 def keys_of(section: type[Section]) -> dict[str, FieldInfo]:
@@ -416,7 +469,7 @@ def rules_of(section: type[Section]) -> dict[str, Key]:
 
 
 def recipe_keys() -> Iterable[tuple[str, str]]:
-    """Yield every (section, key) that a recipe may hold."""
+    """Yield every (section, key) that a recipe may hold, those of all decoders."""
     for section in Recipe.model_fields:
-        for name in keys_of(section_class(section)):
+        for name in dict.fromkeys(name for one in section_classes(section) for name in keys_of(one)):
             yield section, name

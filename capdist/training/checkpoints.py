@@ -258,11 +258,17 @@ def recipe_differences(
         saved: A recipe of the past. A key that it lacks had its default.
         now: A recipe of today. A key that it lacks is unknown today, and may never change.
     """
-    defaults = Recipe().to_dict()
     for section in {**now, **saved}:
-        before, after = {**defaults.get(section, {}), **saved.get(section, {})}, now.get(section, {})
-        rules = rules_of(section_class(section)) if section in defaults else {}
-        for key in sorted({**before, **after}):
+        before, after = dict(saved.get(section, {})), now.get(section, {})
+        rules: Mapping[str, Key] = {}
+        keys = {**before, **after}
+        if section in Recipe.model_fields:
+            then, today = section_class(section, before), section_class(section, after)
+            before = then().model_dump(mode="json", by_alias=True) | before
+            rules = rules_of(today)
+            # Keys that only one of two decoders has differ because `decoder.name` does.
+            keys = {**before, **after} if then is today else {key: None for key in before if key in after}
+        for key in sorted(keys):
             if before.get(key) != after.get(key):
                 yield Difference(section, key, before.get(key), after.get(key), rules.get(key, FIXED))
 

@@ -202,10 +202,11 @@ def start_from(folder: str, model: CaptionModel, vocabulary: Vocabulary, recipe:
 def _other_layers(trained: TrainedModel, recipe: Recipe) -> Iterator[tuple[str, str, Any, Any]]:
     """Yield section, key and both values of what gives the two models other layers."""
     for section in ("encoder", "decoder"):
-        theirs, ours = getattr(trained, section), getattr(recipe, section)
-        for key, rule in rules_of(type(ours)).items():
-            if rule.layers and getattr(theirs, key) != getattr(ours, key):
-                yield section, key, getattr(theirs, key), getattr(ours, key)
+        theirs, ours = getattr(trained, section).model_dump(), getattr(recipe, section).model_dump()
+        for key, rule in rules_of(type(getattr(recipe, section))).items():
+            # A key that only one of two decoders has differs because `decoder.name` does.
+            if rule.layers and key in theirs and theirs[key] != ours[key]:
+                yield section, key, theirs[key], ours[key]
 
 
 def describe_start(accelerator: Accelerator, recipe: Recipe, identity: Identity) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from capdist import cli
 from capdist.data.images import Preprocessing
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import build_model
-from capdist.recipe.sections import DecoderSection, EncoderSection
+from capdist.recipe.sections import EncoderSection, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
 from tests.conftest import draw_photos
 from tests.processes import REPOSITORY
@@ -28,7 +28,7 @@ SEARCH = {"beam_size": 2, "length_penalty": 0.0, "no_repeat_ngram": 0, "min_leng
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small model folder with random weights."""
     encoder = EncoderSection(name="resnet18", stage="layer1", weights="none", grid=2)
-    decoder = DecoderSection(embed_size=8, hidden_size=8, attention_size=8)
+    decoder = SoftAttentionSection(embed_size=8, hidden_size=8, attention_size=8)
     vocabulary = Vocabulary(["a", "red", "dog", "runs"])
     torch.manual_seed(0)
     network = build_model(encoder, decoder, vocab_size=len(vocabulary), pad_id=vocabulary.pad_id).eval()

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from capdist.errors import Mistake, UsageError
 from capdist.recipe.reading import load_recipe, load_stages, recipe_from_dict, save_recipe
-from capdist.recipe.sections import Recipe, recipe_keys
+from capdist.recipe.sections import DECODER_SECTIONS, Recipe, Section, keys_of, recipe_keys, section_classes
 
 ROOT = Path(__file__).parents[2]
 KEYS = sorted(recipe_keys())
@@ -51,7 +51,17 @@ def _mistakes(path: Path, text: str | bytes, *overrides: str) -> tuple[str, ...]
 
 def _set(key: str, value: str) -> str:
     section, name = key.split(".")
-    return f"{section}:\n  {name}: {value}\n"
+    return f"{section}:\n  {name}: {value}\n{_choose(key)}"
+
+
+def _choose(key: str) -> str:
+    """Return the line that chooses the decoder which has a key, if the default has it not."""
+    owner = next((name for name, section in DECODER_SECTIONS.items() if key in _names("decoder", section)), None)
+    return "" if owner in (None, "soft_attention") else f"  name: {owner}\n"
+
+
+def _names(section: str, section_class: type[Section]) -> set[str]:
+    return {f"{section}.{key}" for key in keys_of(section_class)}
 
 
 def _get(recipe: Recipe, key: str) -> Any:
@@ -187,15 +197,14 @@ def test_the_promised_keys_exist() -> None:
     assert len(KEY_NAMES) == len(set(KEY_NAMES))
 
 
-@pytest.mark.parametrize(("section", "key"), KEYS, ids=KEY_NAMES)
-def test_every_key_is_documented(section: str, key: str) -> None:
-    section_class = Recipe.model_fields[section].annotation
-    assert isinstance(section_class, type)
+@pytest.mark.parametrize(
+    "section_class", [one for section in Recipe.model_fields for one in section_classes(section)], ids=str
+)
+def test_every_key_is_documented(section_class: type[Section]) -> None:
     assert section_class.__doc__
-    fields = {field.alias or name: field for name, field in section_class.model_fields.items()}
-    description = fields[key].description
-    assert description
-    assert description.strip()[-1] in ".:"
+    for field in keys_of(section_class).values():
+        assert field.description
+        assert field.description.strip()[-1] == "."
 
 
 def _one_edit(word: str) -> Iterator[str]:
@@ -210,7 +219,8 @@ def _one_edit(word: str) -> Iterator[str]:
 def test_a_misspelt_key_is_refused_with_the_right_spelling(recipe_file: Path, section: str, key: str) -> None:
     known = {name for other, name in KEYS if other == section}
     for wrong in set(_one_edit(key)) - known - {""}:
-        (mistake,) = _mistakes(recipe_file, f"# comment\n\n{section}:\n  {wrong}: 1\n")
+        text = f"# comment\n\n{section}:\n  {wrong}: 1\n{_choose(f'{section}.{key}')}"
+        (mistake,) = _mistakes(recipe_file, text)
         assert mistake.startswith(f"{recipe_file}:4: {section}.{wrong}: unknown key"), mistake
         assert "did you mean" in mistake, mistake
         if len(key) > 4:
@@ -601,7 +611,8 @@ def test_the_saved_recipe_holds_every_key(recipe_file: Path) -> None:
             section = line.rstrip(":")
         elif match := re.match(r"  (\w+):", line):
             found.append(f"{section}.{match[1]}")
-    assert sorted(found) == KEY_NAMES
+    default = _names("decoder", DECODER_SECTIONS["soft_attention"])
+    assert sorted(found) == [name for name in KEY_NAMES if not name.startswith("decoder.") or name in default]
 
 
 @pytest.mark.parametrize("section", sorted(Recipe.model_fields))

@@ -32,7 +32,7 @@ from capdist.model_folder import (
     update_metrics,
 )
 from capdist.models.caption_model import build_model
-from capdist.recipe.sections import DecoderSection, EncoderSection, EvaluationSection
+from capdist.recipe.sections import EncoderSection, EvaluationSection, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
 from tests.conftest import draw_photos
 
@@ -45,7 +45,7 @@ METRICS = {"split": "validation", "bleu_1": 0.5123, "cider": 0.75, "meteor": Non
 def _trained(seed: int = 0, words: list[str] = WORDS, **decoder: Any) -> TrainedModel:
     vocabulary = Vocabulary(words)
     encoder = EncoderSection(name="resnet18", stage="layer1", weights="none", grid=2, projection=6)
-    section = DecoderSection(embed_size=8, hidden_size=8, attention_size=8, **decoder)
+    section = SoftAttentionSection(embed_size=8, hidden_size=8, attention_size=8, **decoder)
     torch.manual_seed(seed)
     model = build_model(encoder, section, vocab_size=len(vocabulary), pad_id=vocabulary.pad_id)
     with torch.no_grad():  # so that captions differ from photo to photo

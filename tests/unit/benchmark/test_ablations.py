@@ -12,7 +12,7 @@ import pytest
 
 from capdist.errors import UsageError
 from capdist.recipe.reading import load_recipe, save_recipe
-from capdist.recipe.sections import Recipe, rules_of, section_class
+from capdist.recipe.sections import Recipe, rules_of, section_classes
 from tests.processes import REPOSITORY, run
 
 
@@ -72,7 +72,8 @@ def test_seeds_of_a_row_may_differ_in_where_and_how_they_are_computed(ablations:
     may_differ = {
         f"{section}.{key}"
         for section in Recipe.model_fields
-        for key, rule in rules_of(section_class(section)).items()
+        for one in section_classes(section)
+        for key, rule in rules_of(one).items()
         if ablations.may_differ(section, key, rule)
     }
     assert may_differ == {

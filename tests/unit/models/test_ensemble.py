@@ -25,7 +25,7 @@ from capdist.model_folder import TrainedModel
 from capdist.models.caption_model import CaptionModel
 from capdist.models.encoder import Backbone, Encoder
 from capdist.models.ensemble import Ensemble
-from capdist.recipe.sections import DecoderSection, EncoderSection
+from capdist.recipe.sections import EncoderSection, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
 from tests.models import tiny_decoder
 from tests.unit.models.plain_decoder import plain_caption
@@ -222,7 +222,7 @@ def _trained(seed: int, words: list[str] = WORDS, **preprocessing: Any) -> Train
     prepared = Preprocessing(**{"image_size": SIDE, "mean": (0.5,) * 3, "std": (0.25,) * 3, **preprocessing})
     search_settings = {"beam_size": seed, "length_penalty": 0.5, "no_repeat_ngram": 0, "min_length": 0}
     return TrainedModel(
-        _member(seed).float(), Vocabulary(words), prepared, EncoderSection(), DecoderSection(), 4 + seed,
+        _member(seed).float(), Vocabulary(words), prepared, EncoderSection(), SoftAttentionSection(), 4 + seed,
         search_settings, {}, f"digest {seed}",
     )  # fmt: skip
 
