@@ -16,17 +16,14 @@ from capdist.recipe.sections import DECODER_SECTIONS
 from capdist.text.vocabulary import IGNORED_LABEL
 from capdist.training.objectives import cross_entropy
 
-TINY: dict[str, dict[str, Any]] = {
-    "soft_attention": {"embed_size": 8, "hidden_size": 8, "attention_size": 8, "gate": True},
-}
-"""Sizes of a tiny decoder of each name."""
-
 
 def tiny_decoder(
     name: str = "soft_attention", *, feature_size: int = 6, vocab_size: int = 13, **keys: Any
 ) -> Decoder[Any]:
-    """Return a decoder with random weights; `keys` are those of its section, without dropout unless given."""
-    section = DECODER_SECTIONS[name].model_validate({"dropout": 0.0} | TINY[name] | keys)
+    """Return a decoder with random weights, whose sizes are 8 and whose dropout is 0 unless `keys` say otherwise."""
+    kind = DECODER_SECTIONS[name]
+    sizes = {key: 8 for key in kind.model_fields if key.endswith("_size")}
+    section = kind.model_validate({"dropout": 0.0} | sizes | keys)
     return DECODERS[name](section, feature_size=feature_size, vocab_size=vocab_size, pad_id=0)
 
 

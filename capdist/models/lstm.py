@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from capdist.models.attention import AdditiveAttention, Look, Memory
+from capdist.models.attention import ATTENTIONS, Look, Memory
 from capdist.models.decoder import Decoder, Reading, rows_of
 from capdist.models.deferred import StepLinear
 from capdist.models.packing import Packing
@@ -56,7 +56,7 @@ class SoftAttentionDecoder(Decoder[LSTMState]):
         embed_size, hidden_size = section.embed_size, section.hidden_size
         self.embedding = nn.Embedding(vocab_size, embed_size, padding_idx=pad_id)
         self.dropout = nn.Dropout(section.dropout)
-        self.attention = AdditiveAttention(feature_size, hidden_size, section.attention_size)
+        self.attention = ATTENTIONS[section.attention](feature_size, hidden_size, section.attention_size)
         self.gate = nn.Linear(hidden_size, feature_size) if section.gate else None
         self.initial_hidden = nn.Linear(feature_size, hidden_size)
         self.initial_cell = nn.Linear(feature_size, hidden_size)

@@ -196,6 +196,9 @@ class SoftAttentionSection(DecoderSection):
     """Width of the state of the LSTM."""
     attention_size: Annotated[Positive, LAYERS] = 512
     """Width of the space in which query and keys meet."""
+    attention: Annotated[Literal["additive", "dot"], LAYERS] = "additive"
+    """How a query is compared with the cells: `additive` (Bahdanau et al. 2015) or `dot` products (Vaswani et al.
+    2017)."""
     dropout: Annotated[Fraction, PER_STAGE] = 0.5
     """Dropout on word vectors and on the state before the vocabulary head."""
     gate: Annotated[bool, LAYERS] = False

@@ -49,7 +49,7 @@ def _store() -> FeatureStore:
 
 
 def _model(dropout: float = 0.0) -> CaptionModel:
-    model = tiny_model(channels=CHANNELS, vocab_size=len(VOCABULARY), hidden_size=16, dropout=dropout)
+    model = tiny_model(channels=CHANNELS, vocab_size=len(VOCABULARY), hidden_size=16, gate=True, dropout=dropout)
     return model.double()
 
 

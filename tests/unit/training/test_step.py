@@ -48,7 +48,7 @@ def _model(dropout: float = 0.0, **encoder: Any) -> CaptionModel:
     layers = OrderedDict(layer1=nn.Conv2d(3, CHANNELS, 4, stride=4), bn1=nn.BatchNorm2d(CHANNELS))
     model = tiny_model(
         channels=CHANNELS, vocab_size=VOCABULARY, projection=5, layers=layers, encoder=encoder,
-        dropout=dropout, tie_weights=True,
+        dropout=dropout, gate=True, tie_weights=True,
     )  # fmt: skip
     model.add_word_head(dropout)
     return model.double()
