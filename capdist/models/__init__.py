@@ -2,6 +2,7 @@
 
 from capdist.models.decoder import Decoder
 from capdist.models.lstm import SoftAttentionDecoder
+from capdist.models.transformer import TransformerDecoder
 
-DECODERS: dict[str, type[Decoder]] = {"soft_attention": SoftAttentionDecoder}
+DECODERS: dict[str, type[Decoder]] = {"soft_attention": SoftAttentionDecoder, "transformer": TransformerDecoder}
 """The class for each `decoder.name`."""

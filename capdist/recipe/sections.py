@@ -215,7 +215,35 @@ class SoftAttentionSection(DecoderSection):
             )
 
 
-DECODER_SECTIONS: dict[str, type[DecoderSection]] = {"soft_attention": SoftAttentionSection}
+class TransformerSection(DecoderSection):
+    """A small Transformer with cross-attention over the grid (Vaswani et al. 2017, Attention Is All You Need)."""
+
+    name: Annotated[Literal["transformer"], LAYERS] = "transformer"
+    """The decoder of Vaswani et al., Attention Is All You Need (2017)."""
+    hidden_size: Annotated[Positive, LAYERS] = 512
+    """Width of a word vector and of every layer; a multiple of num_heads."""
+    num_layers: Annotated[Positive, LAYERS] = 2
+    """Layers, each with self-attention over words and cross-attention over cells."""
+    num_heads: Annotated[Positive, LAYERS] = 8
+    """Heads of each attention."""
+    dropout: Annotated[Fraction, PER_STAGE] = 0.1
+    """Dropout on word vectors and on the output of each part of a layer."""
+    tie_weights: Annotated[bool, LAYERS] = False
+    """Use one matrix for word vectors and vocabulary head."""
+
+    def mistakes(self) -> Iterator[Mistake]:
+        """Yield what these keys get wrong together."""
+        if self.hidden_size % self.num_heads:
+            yield Mistake(
+                "decoder.hidden_size",
+                f"must be a multiple of decoder.num_heads, found {self.hidden_size} and {self.num_heads}",
+            )
+
+
+DECODER_SECTIONS: dict[str, type[DecoderSection]] = {
+    "soft_attention": SoftAttentionSection,
+    "transformer": TransformerSection,
+}
 """The keys of each decoder by its name, the default first. A new decoder needs a class of keys and a line here."""
 
 
