@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from capdist.errors import DataError, Mistake, UsageError, run_program
+from capdist.recipe.sections import SearchSettings
 from capdist.version import __version__
 
 if TYPE_CHECKING:
@@ -30,21 +33,15 @@ Others = Annotated[
     list[str] | None,
     typer.Option("--with", metavar="MODEL", help="one more model, to write each caption together; may be repeated"),
 ]
-BeamSize = Annotated[int | None, typer.Option(min=1, max=100, help="beams; default: as the model was validated")]
-Consensus = Annotated[
-    float | None,
-    typer.Option(min=0, help="say what agrees with the other beams: temperature, 0 = no; default: as validated"),
-]
-NoRepeat = Annotated[
-    int | None,
-    typer.Option("--no-repeat-ngram", min=0, help="no n words in a row twice; 0 = off; default: as validated"),
-]
 ImageSize = Annotated[
     int | None,
     typer.Option(min=32, max=2048, help="squash photos to so many pixels; default: as the model says"),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
 Config = Annotated[Path, typer.Option(metavar="RECIPE", help="YAML file under configs/")]
+
+Search = dict[str, Any]
+"""Search settings by name, those that the command line gives; see `takes_search`."""
 
 PHOTOS_AT_ONCE = 32
 """Photos that `caption` captions before it prints."""
@@ -54,6 +51,37 @@ def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"capdist {__version__}")
         raise typer.Exit
+
+
+def takes_search(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each search setting, as `SearchSettings` declares it, in place of `search`."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        search = {name: arguments.pop(name) for name in SearchSettings.model_fields}
+        command(search={name: value for name, value in search.items() if value is not None}, **arguments)
+
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        parameters += _search_options() if parameter.name == "search" else [parameter]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _search_options() -> Iterator[inspect.Parameter]:
+    """Yield the option of each search setting: its type, bounds and meaning."""
+    for name, schema in SearchSettings.model_json_schema()["properties"].items():
+        number, *null = schema.get("anyOf", [schema])
+        none = " 0 = null." if null else ""
+        option = typer.Option(
+            min=number.get("minimum", number.get("exclusiveMinimum")),
+            max=number.get("maximum"),
+            help=f"{' '.join(schema['description'].split())}{none} Default: as the model was validated.",
+        )
+        kind: Any = int | None if number["type"] == "integer" else float | None
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 
 @app.callback()
@@ -74,6 +102,7 @@ def train(context: typer.Context) -> None:
 
 
 @app.command()
+@takes_search
 def evaluate(
     model: Model,
     overrides: Annotated[
@@ -84,9 +113,7 @@ def evaluate(
     path: Annotated[str | None, typer.Option(help="folder or file of the source, or a data set id")] = None,
     others: Others = None,
     split: Annotated[str, typer.Option(help="train, validation (dev), dev-choose, dev-report or test")] = "test",
-    beam_size: BeamSize = None,
-    consensus: Consensus = None,
-    no_repeat_ngram: NoRepeat = None,
+    search: Search,
     image_size: ImageSize = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first N images of the split")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="images captioned at once")] = 64,
@@ -95,34 +122,27 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Caption a split, free-running, and score it. Also under `accelerate launch -m capdist.cli evaluate …`."""
-    from capdist.commands.evaluate import evaluate_folder
+    from capdist.commands.evaluate import evaluate_folder, evaluation_data
 
     evaluate_folder(
-        model,
-        source=source,
-        path=path,
-        split=split,
-        beam_size=beam_size,
-        consensus=consensus,
-        no_repeat_ngram=no_repeat_ngram,
+        [model, *(others or ())],
+        evaluation_data(source, path, limit=limit, num_workers=num_workers, overrides=overrides or ()),
+        split,
+        search=search,
         image_size=image_size,
-        limit=limit,
         batch_size=batch_size,
-        num_workers=num_workers,
         output=output,
-        overrides=overrides or (),
-        others=others or (),
     )
 
 
 @app.command()
+@takes_search
 def caption(
     model: Model,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE…", help="photos, or folders of photos")],
+    *,
     others: Others = None,
-    beam_size: BeamSize = None,
-    consensus: Consensus = None,
-    no_repeat_ngram: NoRepeat = None,
+    search: Search,
     image_size: ImageSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
     attention: Annotated[Path | None, typer.Option(metavar="FOLDER", help="save what each word looked at")] = None,
@@ -135,31 +155,26 @@ def caption(
     captioner = Captioner.from_pretrained([model, *(others or ())], image_size=image_size)
     if attention is not None:
         attention.mkdir(parents=True, exist_ok=True)
-    search = {
-        "beam_size": beam_size,
-        "consensus": consensus,
-        "no_repeat_ngram": no_repeat_ngram,
-        "return_attention": attention is not None,
-    }
+    how = {**search, "return_attention": attention is not None}
     unread: list[Mistake] = []
     for start in range(0, len(photos), PHOTOS_AT_ONCE):
-        for photo, result in _caption_readable(captioner, photos[start : start + PHOTOS_AT_ONCE], search, unread):
+        for photo, result in _caption_readable(captioner, photos[start : start + PHOTOS_AT_ONCE], how, unread):
             _tell_caption(photo, result, as_json, attention)
     if unread:
         raise DataError(*unread)
 
 
 def _caption_readable(
-    captioner: Captioner, photos: Sequence[Path], search: dict[str, Any], unread: list[Mistake]
+    captioner: Captioner, photos: Sequence[Path], how: dict[str, Any], unread: list[Mistake]
 ) -> list[tuple[Path, Caption]]:
     """Caption the photos that can be read; what is wrong with the others is added to `unread`."""
     try:
-        return list(zip(photos, captioner.caption(photos, batch_size=len(photos), **search), strict=True))
+        return list(zip(photos, captioner.caption(photos, batch_size=len(photos), **how), strict=True))
     except DataError as error:
         if len(photos) == 1:
             unread += error.mistakes
             return []
-    return [pair for photo in photos for pair in _caption_readable(captioner, [photo], search, unread)]
+    return [pair for photo in photos for pair in _caption_readable(captioner, [photo], how, unread)]
 
 
 def _tell_caption(photo: Path, result: Caption, as_json: bool, attention: Path | None) -> None:

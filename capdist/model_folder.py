@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import InitErrorDetails
 
 from capdist.data.images import Preprocessing
 from capdist.decoding import SearchOptions
@@ -22,22 +23,17 @@ from capdist.files import set_aside, staged_folder, write_atomically
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.recipe.sections import (
     AnyDecoderSection,
-    BeamSize,
-    Consensus,
     DecoderSection,
     EncoderSection,
     ImageSize,
-    LengthPenalty,
-    NotNegative,
     Positive,
+    SearchSettings,
     Section,
 )
 from capdist.text.vocabulary import Vocabulary
 from capdist.version import __version__
 
 FORMAT = 1
-SEARCH_KEYS = ("beam_size", "length_penalty", "no_repeat_ngram", "min_length", "consensus")
-"""Keys of `evaluation` that say how captions are searched; a model folder has them, older ones no `consensus`."""
 CONFIG, WEIGHTS, VOCABULARY, CARD = "config.json", "model.safetensors", "vocabulary.json", "README.md"
 
 _Spread = Annotated[float, Field(gt=0)]
@@ -55,7 +51,7 @@ class TrainedModel:
         encoder: Section of the recipe.
         decoder: Section of the recipe.
         max_length: Most words it was trained to write.
-        search: Default search settings, those of `SEARCH_KEYS`.
+        search: How it captions unless told otherwise.
         metrics: What it scored, with `split`, and `chosen_on`, the split that it is the best epoch on; empty if nobody
             measured.
         digest: SHA-256 of the weights file; empty if it never was in one.
@@ -67,7 +63,7 @@ class TrainedModel:
     encoder: EncoderSection
     decoder: DecoderSection
     max_length: int
-    search: Mapping[str, Any]
+    search: SearchSettings
     metrics: Mapping[str, Any]
     digest: str = ""
 
@@ -78,19 +74,14 @@ class TrainedModel:
         return self.metrics.get("chosen_on", self.metrics.get("split"))
 
 
-def search_options(search: Mapping[str, Any], vocabulary: Vocabulary, max_length: int) -> SearchOptions:
-    """Return the search of a recipe or model folder.
-
-    Args:
-        search: Values by `SEARCH_KEYS`; other keys are of no account.
-        vocabulary: Of the model.
-        max_length: Most words in a caption.
+def search_options(search: SearchSettings, vocabulary: Vocabulary, max_length: int) -> SearchOptions:
+    """Return the options of a search for captions in the words of a vocabulary, of at most `max_length` words.
 
     Raises:
         UsageError: as `SearchOptions`.
     """
     return SearchOptions(
-        **{key: search[key] for key in SEARCH_KEYS if key in search},
+        **dict(search.search),
         max_length=max_length,
         pad_id=vocabulary.pad_id,
         bos_id=vocabulary.bos_id,
@@ -137,7 +128,7 @@ def _config(trained: TrainedModel) -> dict[str, Any]:
         "decoder": trained.decoder.model_dump(mode="json"),
         "preprocessing": asdict(trained.preprocessing),
         "max_length": trained.max_length,
-        "search": dict(trained.search),
+        "search": trained.search.search.model_dump(mode="json"),
         "metrics": dict(trained.metrics),
     }
 
@@ -187,7 +178,7 @@ def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
         config.encoder,
         config.decoder,
         config.max_length,
-        config.search.model_dump(exclude_unset=True),
+        config.search,
         config.metrics,
         config.sha256.weights,
     )
@@ -221,14 +212,14 @@ class _PreprocessingConfig(Section):
     std: tuple[_Spread, _Spread, _Spread]
 
 
-class _SearchConfig(Section):
-    """In the order of `EvaluationSection`, in which a folder that is saved again has them."""
-
-    beam_size: BeamSize
-    length_penalty: LengthPenalty
-    no_repeat_ngram: NotNegative
-    consensus: Consensus | None = None
-    min_length: NotNegative
+def _check_whole(search: Any) -> Any:
+    """Refuse settings of which some were lost. Older folders lack those that may be null, and searched without."""
+    if isinstance(search, dict):
+        needed = [name for name, field in SearchSettings.model_fields.items() if field.default is not None]
+        lost = [InitErrorDetails(type="missing", loc=(name,), input=search) for name in needed if name not in search]
+        if lost:
+            raise ValidationError.from_exception_data("search", lost)
+    return search
 
 
 class _DigestsConfig(Section):
@@ -246,7 +237,7 @@ class _Config(BaseModel):
     decoder: AnyDecoderSection
     preprocessing: _PreprocessingConfig
     max_length: Positive
-    search: _SearchConfig
+    search: Annotated[SearchSettings, BeforeValidator(_check_whole)]
     metrics: dict[str, Any]
     sha256: _DigestsConfig
 

@@ -156,7 +156,7 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
         sources = feature_sources(data.splits, stores, preprocessing, accelerator, recipe.data.num_workers)
 
         model, optimizer = accelerator.prepare(model, optimizer)
-        options = search_options(recipe.evaluation.model_dump(), data.vocabulary, recipe.text.max_length)
+        options = search_options(recipe.evaluation, data.vocabulary, recipe.text.max_length)
         evaluator = Evaluator(accelerator, data.vocabulary, options, recipe.evaluation.batch_size)
         loop = Loop(accelerator, recipe, data, model, optimizer, preprocessing, sources, evaluator, identity)
         loop.warm_up()

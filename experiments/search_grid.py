@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -21,13 +20,18 @@ from torch import Tensor
 from capdist.data.batches import PhotoDataset
 from capdist.data.loaders import photo_batches
 from capdist.data.splits import CHOOSE, REPORT, Split, get_split, read_source
-from capdist.decoding import SearchOptions, search
+from capdist.decoding import search
 from capdist.inference.captioner import Captioner
 from capdist.metrics.scorer import CaptionScorer
-from capdist.recipe.sections import DataSection
+from capdist.model_folder import search_options
+from capdist.recipe.sections import DataSection, SearchSettings
 from capdist.text.tokenizer import detokenize
 
 BATCH = 50
+TRIED: dict[str, list[Any]] = {
+    "beam_size": [1, 3, 5, 10], "length_penalty": [0.0, 0.5, 1.0], "no_repeat_ngram": [0, 3], "consensus": [0.0, 4.0],
+}  # fmt: skip
+"""Search settings, and the values of each that are tried unless the command line gives others; 0 = none."""
 
 
 class Bench:
@@ -39,12 +43,14 @@ class Bench:
         self.features = torch.cat(list(self._encode()))
 
     @torch.inference_mode()
-    def score(self, options: SearchOptions) -> dict[str, Any]:
+    def score(self, settings: SearchSettings) -> dict[str, Any]:
         """Return BLEU, ROUGE-L and CIDEr of a search, and `words`, the mean length of its captions."""
+        trained = self.captioner.trained
+        options = search_options(settings, trained.vocabulary, trained.max_length)
         scorer = CaptionScorer({self.split.image_ids[row]: self.split.references[row] for row in self.rows})
         found = [search(self.captioner.model, features, options) for features in self.features.split(BATCH)]
         tokens = torch.cat([result.tokens[:, 0] for result in found]).tolist()
-        decode = self.captioner.trained.vocabulary.decode
+        decode = trained.vocabulary.decode
         scorer.add_many(zip(self.image_ids, (detokenize(decode(row)) for row in tokens), strict=True))
         words = torch.cat([result.lengths[:, 0] for result in found]).double().mean()
         return {**scorer.compute(("bleu", "rouge_l", "cider")), "words": float(words)}
@@ -57,23 +63,18 @@ class Bench:
             yield self.captioner.model.encode(preprocessing.normalize(images.to(self.captioner.device)))
 
 
-def grid(options: SearchOptions, asked: argparse.Namespace) -> list[SearchOptions]:
-    """Return the searches to try, the model's own first."""
-    tried = [options]
-    for beams, penalty, ngram, temperature in product(
-        asked.beams, asked.length_penalties, asked.no_repeat_ngrams, asked.consensus
-    ):
-        if (beams > 1 or not penalty) and (beams > 2 or not temperature):  # else it does nothing
-            changes = {"length_penalty": penalty, "no_repeat_ngram": ngram, "consensus": temperature or None}
-            tried.append(replace(options, beam_size=beams, **changes))
-    return list(dict.fromkeys(tried))
+def grid(own: SearchSettings, asked: argparse.Namespace) -> list[SearchSettings]:
+    """Return the searches to try, the model's own first, without those in which a setting does nothing."""
+    values = product(*(getattr(asked, name) for name in TRIED))
+    tried = (own.changed(**dict(zip(TRIED, one, strict=True))) for one in values)
+    return list(dict.fromkeys([own, *(search for search in tried if not search.idle())]))
 
 
-def row(split: str, options: SearchOptions, metrics: Mapping[str, Any]) -> str:
+def row(split: str, search: SearchSettings, metrics: Mapping[str, Any]) -> str:
     """Return a row of the table."""
-    how = [options.beam_size, f"{options.length_penalty:g}", options.no_repeat_ngram, options.consensus or "-"]
+    how = [f"{value:g}" if (value := getattr(search, name)) is not None else "-" for name in TRIED]
     figures = [f"{metrics[name]:.4f}" for name in ("bleu_1", "bleu_4", "rouge_l", "cider")]
-    return f"| {' | '.join(map(str, [split, *how, *figures]))} | {metrics['words']:.1f} |"
+    return f"| {' | '.join([split, *how, *figures])} | {metrics['words']:.1f} |"
 
 
 def main() -> None:
@@ -83,24 +84,24 @@ def main() -> None:
     parser.add_argument("--source", default="flickr8k", help="as data.source (default: %(default)s)")
     parser.add_argument("--path", required=True, help="as data.path")
     parser.add_argument("--image-size", type=int, help="squash photos to so many pixels (default: as the model says)")
-    parser.add_argument("--beams", nargs="+", type=int, default=[1, 3, 5, 10])
-    parser.add_argument("--length-penalties", nargs="+", type=float, default=[0.0, 0.5, 1.0])
-    parser.add_argument("--no-repeat-ngrams", nargs="+", type=int, default=[0, 3])
-    parser.add_argument("--consensus", nargs="+", type=float, default=[0.0, 4.0], help="temperatures, 0 = none")
+    for name, values in TRIED.items():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, nargs="+", type=type(values[0]), default=values, help="default: %(default)s")
     arguments = parser.parse_args()
     captioner = Captioner.from_pretrained(arguments.models, image_size=arguments.image_size)
     loaded = read_source(DataSection(source=arguments.source, path=arguments.path))
-    tried = grid(captioner.options(), arguments)
-    print("| split | beam | length penalty | no repeat | consensus | BLEU-1 | BLEU-4 | ROUGE-L | CIDEr | words |")
-    print("| --- " * 10 + "|")
+    tried = grid(captioner.trained.search, arguments)
+    columns = ["split", *(name.replace("_", " ") for name in TRIED), "BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr", "words"]
+    print(f"| {' | '.join(columns)} |")
+    print("| --- " * len(columns) + "|")
     bench, ciders = Bench(captioner, get_split(loaded, CHOOSE)), []
-    for options in tried:
-        metrics = bench.score(options)
+    for settings in tried:
+        metrics = bench.score(settings)
         ciders.append(metrics["cider"])
-        print(row(CHOOSE, options, metrics), flush=True)
+        print(row(CHOOSE, settings, metrics), flush=True)
     bench = Bench(captioner, get_split(loaded, REPORT))
-    for options in dict.fromkeys([tried[0], tried[ciders.index(max(ciders))]]):
-        print(row(REPORT, options, bench.score(options)), flush=True)
+    for settings in dict.fromkeys([tried[0], tried[ciders.index(max(ciders))]]):
+        print(row(REPORT, settings, bench.score(settings)), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def caption(
 ) -> Table:
     """Time the search over many images, and compare its captions with the textbook's.
 
-    Both search without a length penalty, forbidden repeats or a consensus, which the textbook does not know.
+    Both search for the most probable captions; the textbook knows no other search.
 
     Args:
         work: What is measured.
@@ -41,7 +41,7 @@ def caption(
         trace: File for a profile, or None.
     """
     work, features, options = _made_up(work, num_images) if model is None else _trained(work, model, num_images)
-    options = replace(options, length_penalty=0.0, no_repeat_ngram=0, consensus=None)
+    options = options.plain()
     num_plain = min(num_plain, len(features))
     device, size = work.accelerator.device, work.recipe.evaluation.batch_size
     network = work.model.eval()
@@ -124,5 +124,5 @@ def _trained(work: Workload, folder: Path, num_images: int) -> tuple[Workload, T
     split = get_split(read_source(recipe.data), "validation")
     store = encode_splits(work.accelerator, model, trained.preprocessing, {split.name: split}, recipe)[0].store
     features = store.features(torch.arange(min(num_images, len(store)))).half().to(work.accelerator.device)
-    options = search_options(recipe.evaluation.model_dump(), trained.vocabulary, trained.max_length)
+    options = search_options(recipe.evaluation, trained.vocabulary, trained.max_length)
     return replace(work, recipe=recipe, model=model, preprocessing=trained.preprocessing), features, options

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +20,26 @@ from capdist.files import write_atomically
 from capdist.inference.captioner import Captioner
 from capdist.metrics import TOKENISER
 from capdist.recipe.reading import recipe_from_dict
-from capdist.recipe.sections import DataSection
+from capdist.recipe.sections import DataSection, SearchSettings
 from capdist.version import __version__
 
 logger = logging.getLogger(__name__)
 
 
-def evaluate_folder(
-    model: str,
-    *,
-    source: str,
-    path: str | None,
-    split: str,
-    beam_size: int | None = None,
-    consensus: float | None = None,
-    no_repeat_ngram: int | None = None,
-    image_size: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    output: Path | None = None,
-    overrides: Sequence[str] = (),
-    others: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Caption and score a split; the main process prints the table and writes `output`.
+def evaluation_data(
+    source: str, path: str | None, *, limit: int | None = None, num_workers: int = 0, overrides: Sequence[str] = ()
+) -> DataSection:
+    """Return which captioned photos to evaluate on.
 
     Args:
-        model: Model folder or hub id.
         source: As `data.source` of a recipe.
         path: As `data.path`.
-        split: `train`, `validation` (or `dev`), a half of it (`dev-choose`, `dev-report`) or `test`.
-        beam_size: Beams; None = as the model was validated.
-        consensus: Its temperature; 0 = none, None = as the model was validated.
-        no_repeat_ngram: So many words in a row never come twice; 0 = they may, None = as the model was validated.
-        image_size: Pixels a side to which photos are squashed; None = as the model says.
         limit: First so many images.
-        batch_size: Images captioned at once by one process.
         num_workers: Loader processes.
-        output: JSON file.
-        overrides: `data.key=value`, for example columns of a `hub` source.
-        others: Model folders or hub ids that write each caption together with `model`.
-
-    Returns:
-        `metrics`, `settings` and `captions`.
+        overrides: `data.X_column=name`, as in a recipe.
 
     Raises:
-        UsageError, DataError, CheckpointError: as their causes.
+        UsageError: with one line for each mistake.
     """
     section = {"source": source, "path": path, "limit": limit, "num_workers": num_workers}
     data = recipe_from_dict({"data": section}, "command line", overrides).data
@@ -74,6 +47,36 @@ def evaluate_folder(
         raise UsageError(
             *(f"{o}: not for evaluating, which takes data.*_column; see the options of --help" for o in idle)
         )
+    return data
+
+
+def evaluate_folder(
+    models: Sequence[str],
+    data: DataSection,
+    split: str,
+    *,
+    search: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    batch_size: int = 64,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Caption and score a split; the main process prints the table and writes `output`.
+
+    Args:
+        models: Model folders or hub ids; several write each caption together.
+        data: Which captioned photos.
+        split: `train`, `validation` (or `dev`), a half of it (`dev-choose`, `dev-report`) or `test`.
+        search: Settings of `SearchSettings` by name; others are as the first model was validated.
+        image_size: Pixels a side to which photos are squashed; None = as the model says.
+        batch_size: Images captioned at once by one process.
+        output: JSON file.
+
+    Returns:
+        `metrics`, `settings` and `captions`.
+
+    Raises:
+        UsageError, DataError, CheckpointError: as their causes.
+    """
     if data.limit is not None and SPLIT_ALIASES.get(split, split) in (CHOOSE, REPORT):
         raise UsageError(
             f"--limit: {split} is half of all validation images, not of the first {data.limit}; leave it out"
@@ -83,19 +86,20 @@ def evaluate_folder(
     if output is not None and output.is_dir():
         raise UsageError(f"--output: {output}: is a folder; name a file in it")
     accelerator = build_accelerator()
-    captioner = Captioner.from_pretrained([model, *others], accelerator.device, image_size)
+    captioner = Captioner.from_pretrained(models, accelerator.device, image_size)
     rows = _read_split(data, split)
-    trained, options = captioner.trained, captioner.options(beam_size, consensus, no_repeat_ngram)
+    trained, options = captioner.trained, captioner.options(**(search or {}))
     if rows.name == REPORT and any(member.chosen_on == "validation" for member in captioner.members):
-        names = " + ".join([model, *others])
-        logger.warning(f"{names}: was chosen on the whole validation split: dev-report tells no more than dev")
-    source_of_rows = EncodedPhotos(rows.photos, trained.preprocessing, accelerator, num_workers)
+        logger.warning(
+            f"{' + '.join(models)}: was chosen on the whole validation split: dev-report tells no more than dev"
+        )
+    source_of_rows = EncodedPhotos(rows.photos, trained.preprocessing, accelerator, data.num_workers)
     evaluator = Evaluator(accelerator, trained.vocabulary, options, batch_size)
     evaluation = evaluator.evaluate(captioner.model, rows, source_of_rows, (*FAST_METRICS, "meteor"))
     result = _result(captioner, data, rows, options, evaluation)
 
     def tell() -> None:
-        print_scores(f"{' + '.join([model, *others])}: {rows.name} split, {options}", evaluation.metrics)
+        print_scores(f"{' + '.join(models)}: {rows.name} split, {options}", evaluation.metrics)
         if output is not None:
             write_atomically(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
@@ -119,7 +123,7 @@ def _result(
         "source": data.source,
         "image_size": captioner.trained.preprocessing.image_size,
         "beam_size": options.beam_size,
-        "search": {k: v for k, v in asdict(options).items() if not k.endswith(("_id", "_ids"))},
+        "search": options.model_dump(include={*SearchSettings.model_fields, "max_length"}),
         "tokeniser": TOKENISER,
         "num_images": len(references),
         "num_references": sum(map(len, references.values())),

@@ -14,7 +14,7 @@ from torch import Tensor
 from capdist.data.images import open_photo, upright_rgb
 from capdist.data.sources.photos import PHOTO_SUFFIXES
 from capdist.decoding import SearchOptions, search
-from capdist.errors import CheckpointError, DataError, UsageError
+from capdist.errors import CheckpointError, DataError, Mistake, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained, search_options
 from capdist.models.ensemble import Ensemble
 from capdist.text.tokenizer import detokenize
@@ -107,56 +107,49 @@ class Captioner:
             members = [replace(m, preprocessing=replace(m.preprocessing, image_size=image_size)) for m in members]
         return cls(members, device, [str(folder) for folder in folders])
 
-    def options(
-        self, beam_size: int | None = None, consensus: float | None = None, no_repeat_ngram: int | None = None
-    ) -> SearchOptions:
-        """Return the model's own search settings, with some replaced; `consensus` 0 is none.
+    def options(self, **changes: Any) -> SearchOptions:
+        """Return how the model searches, with some of its own settings replaced.
 
-        With fewer than three beams, which have nothing to agree on, the model's own consensus is left out.
+        A setting of the model that does nothing with so few beams is left out.
+
+        Args:
+            changes: Settings by name, see `SearchSettings.changed`.
 
         Raises:
-            UsageError: as `SearchOptions`, or if consensus of so few beams is asked for.
+            UsageError: as `SearchSettings.changed` and `SearchOptions`, or if a change does nothing.
         """
-        asked = {"beam_size": beam_size, "consensus": consensus, "no_repeat_ngram": no_repeat_ngram}
-        values = {**self.trained.search, **{key: value for key, value in asked.items() if value is not None}}
-        values["consensus"] = values.get("consensus") or None
-        options = search_options(values, self.trained.vocabulary, self.trained.max_length)
-        if options.consensus is None or options.beam_size >= 3:
-            return options
-        if consensus:
-            raise UsageError(f"consensus: {consensus:g} does nothing with fewer than three beams; take 10")
-        return replace(options, consensus=None)
+        search = self.trained.search.changed(**changes)
+        idle = search.idle()
+        if mistakes := [
+            Mistake(name, f"{changes[name]:g} does nothing with fewer than {beams} beams", "take more")
+            for name, beams in idle.items()
+            if changes.get(name)
+        ]:
+            raise UsageError(*mistakes)
+        search = search.changed(**dict.fromkeys(idle, 0))
+        return search_options(search, self.trained.vocabulary, self.trained.max_length)
 
     def caption(
-        self,
-        images: Any,
-        *,
-        beam_size: int | None = None,
-        consensus: float | None = None,
-        no_repeat_ngram: int | None = None,
-        batch_size: int = 32,
-        return_attention: bool = False,
+        self, images: Any, *, batch_size: int = 32, return_attention: bool = False, **search: Any
     ) -> list[Caption]:
         """Caption photos.
 
         Args:
             images: One photo or a sequence: paths, PIL images, or arrays or tensors, uint8, (height, width, 3).
-            beam_size: Beams; None = as the model was validated.
-            consensus: Its temperature, see `SearchOptions`; 0 = none, None = as the model was validated.
-            no_repeat_ngram: So many words in a row never come twice; 0 = they may, None = as the model was validated.
             batch_size: Photos at once.
             return_attention: Also return what each word looked at.
+            search: Settings of `SearchSettings` by name, such as `beam_size=3`; others are as the model was validated.
 
         Returns:
             One caption a photo, in their order.
 
         Raises:
             DataError: naming a photo that cannot be read.
-            UsageError: if an image is of none of these types, or beam size or consensus make no sense.
+            UsageError: if an image is of none of these types, and as `options`.
         """
         single = isinstance(images, str | Path | Image.Image | Tensor) or hasattr(images, "__array_interface__")
         photos = [images] if single else list(images)
-        options = self.options(beam_size, consensus, no_repeat_ngram)
+        options = self.options(**search)
         captions: list[Caption] = []
         for start in range(0, len(photos), batch_size):
             captions += self._caption_batch(photos[start : start + batch_size], options, return_attention)

@@ -19,7 +19,15 @@ from pydantic_core import ErrorDetails
 
 from capdist.errors import Mistake, UsageError, nearest_name, show_value
 from capdist.files import write_atomically
-from capdist.recipe.sections import Recipe, keys_of, recipe_keys, section_class, section_classes, start_in_own_folder
+from capdist.recipe.sections import (
+    Recipe,
+    keys_of,
+    recipe_keys,
+    section_class,
+    section_classes,
+    start_in_own_folder,
+    wrong_value,
+)
 from capdist.recipe.stages import (
     COMMAND_LINE,
     Places,
@@ -309,13 +317,11 @@ def _with_place(mistake: Mistake, places: Places, origin: str) -> Mistake:
 def _explain(details: ErrorDetails, values: Mapping[str, Any], places: Places, origin: str) -> Mistake:
     key = tuple(str(part) for part in details["loc"])[:2]
     place = places.get(key) or places.get(key[:1]) or origin
-    found, hint = f"found {show_value(details['input'])}", ""
+    text, hint = wrong_value(details), ""
     if details["type"] == "extra_forbidden":
         text, hint = _unknown_key(key, values)
     elif details["type"] == "model_type":
-        text = f"expected a section of keys, {found}"
-    else:
-        text = f"{_reason(details)}, {found}"
+        text = f"expected a section of keys, found {show_value(details['input'])}"
     return Mistake(".".join(key), text, hint, place)
 
 
@@ -337,11 +343,3 @@ def _unknown_key(key: tuple[str, ...], values: Mapping[str, Any]) -> tuple[str, 
 
 def _suggest(closest: str | None, known: Iterable[str]) -> str:
     return f"did you mean '{closest}'?" if closest else f"known: {', '.join(sorted(known))}"
-
-
-def _reason(details: ErrorDetails) -> str:
-    message = details["msg"]
-    message = message.removeprefix("Input should be ").removeprefix("a valid ")
-    message = re.sub(r"^String should match pattern .*", "letters, digits, '.', '-' and '_' only", message)
-    message = re.sub(r"^String should have at least 1 character$", "some text", message)
-    return f"must be {message}"

@@ -6,10 +6,11 @@ A recipe is a YAML file under `configs/`; `section.key=value` on the command lin
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -21,18 +22,15 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails
+from pydantic_core import ErrorDetails, InitErrorDetails
 
-from capdist.errors import Mistake, UsageError
+from capdist.errors import Mistake, UsageError, show_value
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(min_length=1)]
 ImageSize = Annotated[int, Field(ge=32, le=2048)]
-BeamSize = Annotated[int, Field(ge=1, le=100)]
-LengthPenalty = Annotated[float, Field(ge=0, le=5)]
-Consensus = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Weight = Annotated[float, Field(ge=0)]
 PositiveNumber = Annotated[float, Field(gt=0)]
@@ -337,22 +335,73 @@ class ScstSection(Section):
     """Weight of the cross-entropy of people's captions, learned along in the same steps."""
 
 
-class EvaluationSection(Section):
-    """Free-running validation."""
+_BEAMS_NEEDED = {"length_penalty": 2, "consensus": 3}
+"""Fewer beams than this leave a setting nothing to rank."""
 
-    every_epochs: Annotated[Positive, FREE] = 1
-    """Epochs between two validations; the last epoch always ends with one."""
-    beam_size: Annotated[BeamSize, PER_STAGE] = 3
+
+class SearchSettings(Section):
+    """How captions are searched. Recipes, model folders, `Captioner` and the command line all take these settings."""
+
+    beam_size: Annotated[int, Field(ge=1, le=100), PER_STAGE] = 3
     """Beams of the search; 1 = greedy."""
-    length_penalty: Annotated[LengthPenalty, PER_STAGE] = 0.0
+    length_penalty: Annotated[float, Field(ge=0, le=5), PER_STAGE] = 0.0
     """Exponent of the length by which a caption's log-probability is divided."""
     no_repeat_ngram: Annotated[NotNegative, PER_STAGE] = 0
     """No caption says the same n words in a row twice; 0 = off."""
-    consensus: Annotated[Consensus | None, PER_STAGE] = None
+    consensus: Annotated[PositiveNumber | None, PER_STAGE] = None
     """Say the candidate that agrees most with all candidates, each trusted by its probability ** (1 / consensus);
     null = the most probable one. Wants more beams: 10."""
     min_length: Annotated[NotNegative, PER_STAGE] = 0
     """Fewest words in a caption."""
+
+    def __str__(self) -> str:
+        """Return what tells this search from others, for the title of a table."""
+        others = [name for name in SearchSettings.model_fields if name != "beam_size" and getattr(self, name)]
+        changed = [f"{name.replace('_', ' ')} {getattr(self, name):g}" for name in others]
+        return ", ".join([f"beam {self.beam_size}", *changed])
+
+    @property
+    def search(self) -> SearchSettings:
+        """These settings alone, without what a subclass adds."""
+        return SearchSettings(**{name: getattr(self, name) for name in SearchSettings.model_fields})
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the search with some settings replaced.
+
+        Args:
+            changes: Settings by name. None keeps a setting; 0 sets one that may be null to null.
+
+        Raises:
+            UsageError: for an unknown name or a value out of bounds; one line each.
+        """
+        if unknown := [name for name in changes if name not in SearchSettings.model_fields]:
+            known = f"known: {', '.join(SearchSettings.model_fields)}"
+            raise UsageError(*(Mistake(name, "is no search setting", known) for name in unknown))
+        values = {name: value for name, value in changes.items() if value is not None}
+        for name, value in values.items():
+            if value == 0 and SearchSettings.model_fields[name].default is None:
+                values[name] = None
+        try:
+            return type(self).model_validate({**dict(self), **values})
+        except ValidationError as error:
+            raise usage_error(error) from None
+
+    def plain(self) -> Self:
+        """Return the search for the most probable captions, with as many beams and at least as many words."""
+        kept = ("beam_size", "min_length")
+        fields = SearchSettings.model_fields.items()
+        return self.model_copy(update={name: field.default for name, field in fields if name not in kept})
+
+    def idle(self) -> dict[str, int]:
+        """Return the settings that do nothing with so few beams, and how many beams each needs."""
+        return {name: n for name, n in _BEAMS_NEEDED.items() if getattr(self, name) and self.beam_size < n}
+
+
+class EvaluationSection(SearchSettings):
+    """Free-running validation."""
+
+    every_epochs: Annotated[Positive, FREE] = 1
+    """Epochs between two validations; the last epoch always ends with one."""
     batch_size: Annotated[Positive, FREE] = 64
     """Images that one process captions, or encodes for the cache, at once."""
     select_by: Annotated[Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"], PER_STAGE] = "cider"
@@ -472,6 +521,20 @@ def start_in_own_folder(recipe: Recipe) -> Iterator[Mistake]:
     if start_from is not None and Path(os.path.abspath(os.path.expanduser(start_from))).is_relative_to(folder):
         found = f"{start_from} is in the folder of this run, which writes there"
         yield Mistake("training.start_from", found, "change run.name")
+
+
+def usage_error(error: ValidationError) -> UsageError:
+    """Return the error with one mistake for each value that does not fit its declaration."""
+    details = error.errors(include_url=False)
+    return UsageError(*(Mistake(str(one["loc"][0]), wrong_value(one)) for one in details))
+
+
+def wrong_value(details: ErrorDetails) -> str:
+    """Return what a value must be, and what it is."""
+    message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    message = re.sub(r"^String should match pattern .*", "letters, digits, '.', '-' and '_' only", message)
+    message = re.sub(r"^String should have at least 1 character$", "some text", message)
+    return f"must be {message}, found {show_value(details['input'])}"
 
 
 def section_classes(section: str) -> tuple[type[Section], ...]:

@@ -25,7 +25,7 @@ from capdist.distributed.launch import on_main
 from capdist.distributed.stopping import StopSignals
 from capdist.evaluation.evaluator import Evaluator
 from capdist.features.source import FeatureSource
-from capdist.model_folder import SEARCH_KEYS, TrainedModel, save_pretrained
+from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
 from capdist.recipe.sections import Recipe
 from capdist.training import OBJECTIVES
@@ -305,7 +305,7 @@ class Loop:
             self.recipe.encoder,
             self.recipe.decoder,
             self.recipe.text.max_length,
-            self.recipe.evaluation.model_dump(include=set(SEARCH_KEYS)),
+            self.recipe.evaluation.search,
             metrics,
         )
         on_main(self.accelerator, lambda: save_pretrained(trained, self.recipe.run_folder / "model"))

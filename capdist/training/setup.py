@@ -252,8 +252,8 @@ def _idle_settings(recipe: Recipe, data: PreparedData, model: CaptionModel) -> I
         yield "training.word_presence does nothing: no features learn; encoder.projection or encoder.trainable_from do"
     if training.stage == "scst" and training.start_from is None:
         yield "training.stage=scst with new weights learns from noise; training.start_from names a model that captions"
-    if recipe.evaluation.consensus is not None and recipe.evaluation.beam_size < 3:
-        yield "evaluation.consensus does nothing with fewer than three beams; evaluation.beam_size=10 gives it a choice"
+    for name, beams in recipe.evaluation.idle().items():
+        yield f"evaluation.{name} does nothing with fewer than {beams} beams; raise evaluation.beam_size"
     if data.choosing is None:
         kept = "training.patience does nothing and " if training.patience else ""
         yield f"there is no validation split: {kept}the newest model counts as the best"

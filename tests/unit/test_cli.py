@@ -16,12 +16,12 @@ from capdist import cli
 from capdist.data.images import Preprocessing
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import build_model
-from capdist.recipe.sections import EncoderSection, SoftAttentionSection
+from capdist.recipe.sections import EncoderSection, SearchSettings, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
 from tests.conftest import draw_photos
 from tests.processes import REPOSITORY
 
-SEARCH = {"beam_size": 2, "length_penalty": 0.0, "no_repeat_ngram": 0, "min_length": 2}
+SEARCH = SearchSettings(beam_size=2, length_penalty=0.0, min_length=2)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,21 @@ def test_captions_do_not_depend_on_how_many_are_printed_at_once(
         printed.append(capsys.readouterr().out)
     assert printed[0].count("\n") == 4
     assert len(set(printed)) == 1
+
+
+def test_search_settings_are_options(model: str, five: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    five[3].unlink()
+
+    def words(*options: str) -> set[int]:
+        assert run("caption", model, str(five[0].parent), "--json", *options) == 0
+        return {len(json.loads(line)["caption"].split()) for line in capsys.readouterr().out.splitlines()}
+
+    assert words("--min-length", "5", "--beam-size", "1") == {5}
+    assert run("caption", model, str(five[0]), "--beam-size", "2", "--consensus", "4") == 2
+    printed = capsys.readouterr().err
+    assert printed == "capdist: error: consensus: 4 does nothing with fewer than 3 beams; take more\n"
+    assert run("caption", model, str(five[0]), "--length-penalty", "6") == 2
+    assert capsys.readouterr().err.startswith("capdist: error: Invalid value for '--length-penalty': ")
 
 
 def test_scores_for_a_folder_that_is_not_there_are_a_mistake_of_usage(

@@ -19,12 +19,11 @@ import yaml
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from capdist.commands.evaluate import evaluate_folder
+from capdist.commands.evaluate import evaluate_folder, evaluation_data
 from capdist.data.images import Preprocessing
 from capdist.errors import CapdistError, CheckpointError, StorageError, UsageError
 from capdist.inference.captioner import Captioner
 from capdist.model_folder import (
-    SEARCH_KEYS,
     TrainedModel,
     load_pretrained,
     save_pretrained,
@@ -32,13 +31,13 @@ from capdist.model_folder import (
     update_metrics,
 )
 from capdist.models.caption_model import build_model
-from capdist.recipe.sections import EncoderSection, EvaluationSection, SoftAttentionSection
+from capdist.recipe.sections import EncoderSection, EvaluationSection, SearchSettings, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
 from tests.conftest import draw_photos
 
 FILES = {"config.json", "model.safetensors", "vocabulary.json", "README.md"}
 WORDS = ["a", "red", "blue", "dog", "ball", "é", "runs", "<odd>"]
-SEARCH = {"beam_size": 2, "length_penalty": 0.5, "no_repeat_ngram": 0, "min_length": 2}
+SEARCH = SearchSettings(beam_size=2, length_penalty=0.5, min_length=2)
 METRICS = {"split": "validation", "bleu_1": 0.5123, "cider": 0.75, "meteor": None}
 
 
@@ -129,7 +128,7 @@ def test_a_saved_folder_saves_again_the_same(pristine: Path, tmp_path: Path) -> 
 
 
 def test_a_folder_as_a_run_writes_it_saves_again_the_same(tmp_path: Path) -> None:
-    search = EvaluationSection(consensus=4.0, beam_size=10).model_dump(include=set(SEARCH_KEYS))
+    search = EvaluationSection(consensus=4.0, beam_size=10).search
     save_pretrained(replace(_trained(), search=search), tmp_path / "model")
     loaded = load_pretrained(tmp_path / "model")
     assert loaded.search == search
@@ -337,22 +336,24 @@ def test_config_with_a_damaged_key_is_refused(folder: Path, key: str, value: Any
 
 def test_the_search_travels_with_the_model_and_can_be_overruled(folder: Path) -> None:
     """Folders of older versions, as this one, do not have `consensus`."""
+    _edit_config(folder, lambda config: config["search"].pop("consensus"))
     captioner = Captioner.from_pretrained(folder, "cpu")
     assert captioner.options().consensus is None
     assert captioner.options(beam_size=10, consensus=3.0).consensus == 3.0
     _edit_config(folder, lambda config: config["search"].update(consensus=4.0, beam_size=10))
     captioner = Captioner.from_pretrained(folder, "cpu")
     assert captioner.options().consensus == 4.0
-    validated = EvaluationSection(**captioner.trained.search).model_dump()
+    validated = EvaluationSection(**dict(captioner.trained.search))
     assert search_options(validated, captioner.trained.vocabulary, 7) == captioner.options()
-    assert "consensus" in EvaluationSection().model_dump(include=set(SEARCH_KEYS))
     assert captioner.options(consensus=0).consensus is None
     assert captioner.options(beam_size=2).consensus is None
     _edit_config(folder, lambda config: config["search"].update(no_repeat_ngram=2))
     captioner = Captioner.from_pretrained(folder, "cpu")
     assert [captioner.options(no_repeat_ngram=n).no_repeat_ngram for n in (None, 0, 3)] == [2, 0, 3]
-    with pytest.raises(UsageError, match=r"^consensus: 4 does nothing with fewer than three beams"):
+    with pytest.raises(UsageError, match=r"^consensus: 4 does nothing with fewer than 3 beams; take more$"):
         captioner.options(beam_size=2, consensus=4)
+    with pytest.raises(UsageError, match="^beams: is no search setting; known: beam_size, "):
+        captioner.caption(_photos(), beams=2)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
@@ -364,7 +365,9 @@ def test_a_half_on_which_a_model_was_chosen_is_told(
     def warnings(chosen_on: str) -> list[str]:
         _edit_config(folder, lambda config: config["metrics"].update(chosen_on=chosen_on))
         caplog.clear()
-        result = evaluate_folder(str(folder), source="folder", path=photos, split="dev-report", no_repeat_ngram=1)
+        result = evaluate_folder(
+            [str(folder)], evaluation_data("folder", photos), "dev-report", search={"no_repeat_ngram": 1}
+        )
         assert result["settings"]["search"]["no_repeat_ngram"] == 1
         said = [row["caption"].rstrip(".").lower().split() for row in result["captions"]]
         assert said
@@ -377,7 +380,7 @@ def test_a_half_on_which_a_model_was_chosen_is_told(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("max_length", "seven"), ("max_length", None), ("search", None), ("search", {**SEARCH, "consensus": "4"})],
+    [("max_length", "seven"), ("max_length", None), ("search", None), ("search", {**dict(SEARCH), "consensus": "4"})],
     ids=str,
 )
 def test_config_with_damaged_settings_is_refused(folder: Path, key: str, value: Any) -> None:

@@ -57,7 +57,8 @@ def assert_empty(result: SearchResult, images: slice, candidates: slice) -> None
 @pytest.mark.parametrize("min_length", [0, 3])
 def test_a_wide_beam_finds_the_best_of_all_captions(alpha: float, min_length: int) -> None:
     decoder, features = ToyDecoder(seed=3), make_features(3)
-    options = make_options(beam_size=ALL, max_length=4, length_penalty=alpha, min_length=min_length)
+    options = make_options(max_length=4, length_penalty=alpha, min_length=min_length)
+    options = options.model_copy(update={"beam_size": ALL})  # wider than any user may ask for
     result = beam_search(decoder, features, options)
     for image in range(3):
         expected = enumerate_captions(PlainModel(decoder, features[image]), options)

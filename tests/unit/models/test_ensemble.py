@@ -25,7 +25,7 @@ from capdist.model_folder import TrainedModel
 from capdist.models.caption_model import CaptionModel
 from capdist.models.encoder import Backbone, Encoder
 from capdist.models.ensemble import Ensemble
-from capdist.recipe.sections import EncoderSection, SoftAttentionSection
+from capdist.recipe.sections import EncoderSection, SearchSettings, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
 from tests.models import tiny_decoder
 from tests.unit.models.plain_decoder import plain_caption
@@ -137,7 +137,8 @@ def test_greedy_search_takes_the_word_of_the_highest_mean_probability() -> None:
 def test_a_wide_beam_finds_the_best_of_all_captions() -> None:
     members = _different()[:2]
     ensemble = _ensemble(*members)
-    options = _options(beam_size=200, max_length=3, length_penalty=0.7)
+    # As wide as all captions are many, which no user may ask for.
+    options = _options(max_length=3, length_penalty=0.7).model_copy(update={"beam_size": 200})
     found = search(ensemble, ensemble.encode(_photos(2)), options)
     for image, photo in enumerate(_photos(2)):
         captions = [list(words) for length in range(4) for words in itertools.product(SAYABLE, repeat=length)]
@@ -220,7 +221,7 @@ def test_grids_of_different_sizes_are_refused_by_name() -> None:
 
 def _trained(seed: int, words: list[str] = WORDS, **preprocessing: Any) -> TrainedModel:
     prepared = Preprocessing(**{"image_size": SIDE, "mean": (0.5,) * 3, "std": (0.25,) * 3, **preprocessing})
-    search_settings = {"beam_size": seed, "length_penalty": 0.5, "no_repeat_ngram": 0, "min_length": 0}
+    search_settings = SearchSettings(beam_size=seed, length_penalty=0.5, min_length=0)
     return TrainedModel(
         _member(seed).float(), Vocabulary(words), prepared, EncoderSection(), SoftAttentionSection(), 4 + seed,
         search_settings, {}, f"digest {seed}",

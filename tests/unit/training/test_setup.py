@@ -14,7 +14,7 @@ from capdist.errors import CheckpointError
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
 from capdist.recipe.reading import save_recipe
-from capdist.recipe.sections import EncoderSection, Recipe, SoftAttentionSection
+from capdist.recipe.sections import EncoderSection, Recipe, SearchSettings, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
 from capdist.training.setup import build_network, refuse_to_skip, start_from
 from tests.conftest import reset_accelerate
@@ -40,7 +40,7 @@ def _recipe(encoder: dict[str, object], **decoder: object) -> Recipe:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    search = {"beam_size": 3, "length_penalty": 0.0, "no_repeat_ngram": 0, "min_length": 0}
+    search = SearchSettings(beam_size=3, length_penalty=0.0, min_length=0)
     preprocessing = Preprocessing(32, (0.5,) * 3, (0.5,) * 3)
     encoder, decoder = EncoderSection(**ENCODER), SoftAttentionSection(**DECODER)
     save_pretrained(TrainedModel(_model(0), WORDS, preprocessing, encoder, decoder, 9, search, {}), tmp_path / "model")
