@@ -120,9 +120,9 @@ def test_a_key_of_another_decoder_says_so(path: Path) -> None:
         "command line: decoder.gate: is a key of decoder.name=soft_attention, not of toy; change decoder.name, or "
         "drop this key"
     )
-    (mistake,) = _mistakes(path, "decoder:\n  num_layers: 3\n")
+    (mistake,) = _mistakes(path, "decoder:\n  warmth: 3\n")
     assert mistake == (
-        f"{path}:2: decoder.num_layers: is a key of decoder.name=toy, not of soft_attention; change decoder.name, or "
+        f"{path}:2: decoder.warmth: is a key of decoder.name=toy, not of soft_attention; change decoder.name, or "
         "drop this key"
     )
 

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 
-from capdist import errors, launcher
+from capdist import errors
+from capdist.commands import train as launcher
 from capdist.errors import (
     CapdistError,
     CheckpointError,
