@@ -14,7 +14,7 @@ from torch import Tensor
 
 from capdist.errors import reason_of
 from capdist.models.encoder import Encoder
-from capdist.models.folding import fold
+from capdist.models.fast.norm_folding import fold
 from capdist.recipe.sections import EncoderSection
 
 Precision = Literal["no", "bf16", "fp16"]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from capdist.models.deferred import StepSigmoidDot
+from capdist.models.fast.step_products import StepSigmoidDot
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Takes the queries of rows; returns their contexts, and weights over the cells that sum to one."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capdist.errors import CheckpointError, StorageError, UsageError, nearest, nearest_name, reason_of
-from capdist.models.folding import find_pairs, join
-from capdist.models.recomputation import check_recomputable, run_recomputing
+from capdist.models.fast.norm_folding import find_pairs, join
+from capdist.models.fast.recomputation import check_recomputable, run_recomputing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from capdist.models.attention import ATTENTIONS, Look, Memory
 from capdist.models.decoder import Decoder, Reading, rows_of
-from capdist.models.deferred import StepLinear
-from capdist.models.packing import Packing
+from capdist.models.fast.packing import Packing
+from capdist.models.fast.step_products import StepLinear
 from capdist.recipe.sections import SoftAttentionSection
 
 Products = tuple[StepLinear, StepLinear]

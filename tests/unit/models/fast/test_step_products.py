@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capdist.models.deferred import StepLinear, StepSigmoidDot
+from capdist.models.fast.step_products import StepLinear, StepSigmoidDot
 
 COUNTS = (4, 4, 2, 1, 0)  # rows at each step of a loop
 

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from capdist.features.encoder_pass import EncoderPass
 from capdist.models.encoder import Encoder
-from capdist.models.folding import find_pairs, join
+from capdist.models.fast.norm_folding import find_pairs, join
 from tests.unit.models.backbones import as_backbone, cells, copy_of, make_backbone, photos, saved_bytes
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
