@@ -128,7 +128,7 @@ def _plain_loader(work: Workload, photos: Sequence[dict[str, Any]]) -> DataLoade
 
 def _plain_loop(work: Workload, photos: Sequence[dict[str, Any]]) -> Callable[[], object]:
     encoder, device = work.recipe.encoder, work.accelerator.device
-    network = build_backbone(encoder.name, encoder.stage).network
+    network = build_backbone(encoder.name, encoder.stage, joins_norms=False).network
     plain = textbook.Encoder(network).to(device).eval()
     loader = _plain_loader(work, photos)
 

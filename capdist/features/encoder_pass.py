@@ -14,7 +14,7 @@ from torch import Tensor
 
 from capdist.errors import reason_of
 from capdist.models.encoder import Encoder
-from capdist.models.fast.norm_folding import fold
+from capdist.models.fast.norm_folding import fold_norms
 from capdist.recipe.sections import EncoderSection
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -37,7 +37,7 @@ class EncoderPass:
         # Tensors of inference mode are of another kind, and would later be compiled for anew.
         with torch.inference_mode(False), torch.no_grad():
             network = copy.deepcopy(encoder).requires_grad_(False).eval()
-            fold(network.network, network.pairs)
+            fold_norms(network.network)
             self._network = network.to(memory_format=torch.channels_last)
         self._precision = precision
         self._compiled: Callable[[Tensor], Tensor] | None = None

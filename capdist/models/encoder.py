@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capdist.errors import CheckpointError, StorageError, UsageError, nearest, nearest_name, reason_of
-from capdist.models.fast.norm_folding import find_pairs, join
+from capdist.models.fast.norm_folding import join_norms
 from capdist.models.fast.recomputation import check_recomputable, run_recomputing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -44,20 +44,17 @@ class Backbone:
 class Encoder(nn.Module):
     """Feature grid of a backbone.
 
+    An encoder sets which parameters of the network train and whether its layers are in training mode. It replaces no
+    layer: a network of your own keeps all its modules. `build_backbone` says what capdist does to its own networks.
+
     Args:
         backbone: The network.
-        grid: Average-pool to this many cells a side; None = the grid as it comes. Where that would only repeat
-            cells, as `AdaptiveAvgPool2d(14)` does with the 7x7 map of a 224-pixel photo, each is given once: attention
-            over copies of a cell is the attention over the cell, and `repeats` is what else must be known.
+        grid: Cells a side of the feature grid, to which a map of another size is average-pooled. None keeps the map.
+            A grid that is a multiple of the map only repeats its cells; each cell is then given once, see `repeats`.
         trainable_from: First block that trains, `all`, or None for a frozen encoder.
         batch_norm: Whether blocks that train use stored (`frozen`) or batch (`train`) statistics. Blocks that do
             not train always use the stored ones.
         gradient_checkpointing: Recompute the activations of blocks that train in the backward pass.
-
-    Attributes:
-        network: Of the backbone. Where a convolution has a BatchNorm with stored statistics right behind it, the two
-            are computed as one; their names and parameters stay as they are.
-        pairs: Names of such convolutions and BatchNorms.
 
     Raises:
         UsageError: if no block has the name `trainable_from`, or the network cannot recompute.
@@ -78,8 +75,6 @@ class Encoder(nn.Module):
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
             check_recomputable(self.network)
-        self.pairs = find_pairs(self.network.eval())
-        join(self.network, self.pairs)
         self.grid = grid
         self.batch_norm = batch_norm
         self._trainable = _trainable_modules(self.network, trainable_from)
@@ -118,12 +113,28 @@ class Encoder(nn.Module):
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen):
             feature_map = self._run(pixel_values)
+            # A grid that is a multiple of the map has the map's own cells, each several times: see `repeats`.
             if self.grid is not None and any(self.grid % side for side in feature_map.shape[2:]):
                 feature_map = F.adaptive_avg_pool2d(feature_map, self.grid)
             return feature_map.flatten(2).transpose(1, 2).contiguous()
 
     def repeats(self, num_cells: int) -> int:
-        """Return how many cells of `grid` are copies of each of the `num_cells` that `forward` gave."""
+        """Return for how many cells of the grid each cell from `forward` counts.
+
+        Show, Attend and Tell attends to a 14x14 grid. A 224-pixel photo gives a 7x7 map, and pooling it to 14x14
+        copies each cell into a block of 2x2. The four copies have the same features, so they get the same score, and
+        each gets a quarter of the attention that their cell would get. The weighted sum of the 196 copies is then the
+        weighted sum of the 49 cells. So `forward` gives the 49 cells, and nothing is computed four times.
+
+        Only code that needs the attention of a single copy must know that a cell counts for four of them. An example
+        is the doubly stochastic penalty, a sum over all 196 cells.
+
+        Args:
+            num_cells: N of the features that `forward` gave, 49 in the example.
+
+        Returns:
+            4 in the example; 1 if the grid is the map, or was pooled from it.
+        """
         return 1 if self.grid is None else self.grid**2 // num_cells
 
     def _run(self, pixel_values: Tensor) -> Tensor:
@@ -156,13 +167,16 @@ def _blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def build_backbone(name: str, stage: str | None = None, weights: str = "none") -> Backbone:
+def build_backbone(name: str, stage: str | None = None, weights: str = "none", *, joins_norms: bool = True) -> Backbone:
     """Make a backbone by name.
 
     Args:
         name: A torchvision ResNet, or `timm/<name>` with the `timm` extra.
         stage: Last block to use; None = all but the classification layers.
         weights: `none`, `DEFAULT`, a torchvision weights name, or a local `.pth` or `.safetensors` file.
+        joins_norms: Replace each convolution that a BatchNorm follows by one that applies the norm too, as
+            `capdist.models.fast.norm_folding.join_norms` does. This saves time and memory and keeps names, parameters
+            and results. False leaves the layers that torchvision or timm made.
 
     Raises:
         UsageError: for an unknown name, stage or weights name, or a missing `timm` extra.
@@ -170,8 +184,12 @@ def build_backbone(name: str, stage: str | None = None, weights: str = "none") -
         StorageError: if weights must be downloaded and cannot be.
     """
     if name.startswith("timm/"):
-        return _timm_backbone(name.removeprefix("timm/"), stage, weights)
-    return _torchvision_backbone(name, stage, weights)
+        backbone = _timm_backbone(name.removeprefix("timm/"), stage, weights)
+    else:
+        backbone = _torchvision_backbone(name, stage, weights)
+    if joins_norms:
+        join_norms(backbone.network.eval())
+    return backbone
 
 
 def _torchvision_backbone(name: str, stage: str | None, weights: str) -> Backbone:

@@ -1,4 +1,4 @@
-"""Backbones whose BatchNorm does something: fresh ones divide by one and add nothing, which hides every mistake."""
+"""Backbones whose BatchNorm does something. Fresh ones divide by one and add nothing, which hides every mistake."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from capdist.models.encoder import Backbone, build_backbone
+from capdist.models.fast.norm_folding import join_norms
 
 
 def random_norms(network: nn.Module) -> None:
@@ -24,23 +25,29 @@ def random_norms(network: nn.Module) -> None:
 
 
 def make_backbone(name: str, stage: str | None = None) -> Backbone:
-    """Make a backbone in float64."""
+    """Make a backbone in float64, with the layers of torchvision or timm."""
     torch.manual_seed(0)
-    backbone = build_backbone(name, stage)
+    backbone = build_backbone(name, stage, joins_norms=False)
     random_norms(backbone.network)
     backbone.network.double()
     return backbone
 
 
 def as_backbone(network: nn.Module, channels: int) -> Backbone:
-    """Make one of a network's own, in float64."""
+    """Make a backbone of a given network, in float64."""
     random_norms(network)
     return Backbone(network.double(), channels, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 def copy_of(backbone: Backbone) -> Backbone:
-    """Return one with weights of its own, as it was before any encoder changed it."""
+    """Return an equal backbone with weights of its own."""
     return copy.deepcopy(backbone)
+
+
+def joined(backbone: Backbone) -> Backbone:
+    """Join convolutions and norms in place, as `build_backbone` does for capdist's own networks."""
+    join_norms(backbone.network.eval())
+    return backbone
 
 
 def photos(count: int = 2, side: int = 64) -> Tensor:
@@ -54,7 +61,7 @@ def cells(feature_map: Tensor) -> Tensor:
 
 
 def saved_bytes(module: nn.Module, inputs: Tensor) -> int:
-    """Return how much is kept for the backward pass, besides parameters."""
+    """Return the size of what is kept for the backward pass, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     kept: dict[int, int] = {}
 

@@ -1,4 +1,4 @@
-"""The fast encoder: the features of the plain one, whatever stands around it, and the arithmetic it was told to use."""
+"""The encoder pass gives the features of the plain network, in every mode of torch and in the precision asked for."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from capdist.features.encoder_pass import EncoderPass, encoder_precision, has_fast_bfloat16
 from capdist.models.encoder import Encoder
 from capdist.recipe.sections import EncoderSection
-from tests.unit.models.backbones import as_backbone, cells, copy_of, make_backbone, photos
+from tests.unit.models.backbones import as_backbone, cells, copy_of, joined, make_backbone, photos
 
 
 def _encoder(**settings: Any) -> Encoder:
-    return Encoder(make_backbone("resnet18", "layer1"), **settings)
+    return Encoder(joined(make_backbone("resnet18", "layer1")), **settings)
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,12 @@ def _encoder(**settings: Any) -> Encoder:
     ["resnet18", "resnext50_32x4d", "timm/resnet10t", "timm/mobilenetv2_050", "timm/tf_efficientnet_lite0"]
     + ["timm/densenet121", "timm/convnext_atto"],
 )
+@pytest.mark.parametrize("is_joined", [True, False])
 @torch.no_grad()
-def test_features_are_those_of_the_plain_network(name: str) -> None:
+def test_features_are_those_of_the_plain_network(name: str, is_joined: bool) -> None:
     backbone, images = make_backbone(name), photos(1, 48)
     plain = copy_of(backbone).network
-    encoder = Encoder(backbone, grid=1)
+    encoder = Encoder(joined(backbone) if is_joined else backbone, grid=1)
     expected = cells(nn.functional.adaptive_avg_pool2d(plain(images), 1))
     assert expected.std() > 0.01
     torch.testing.assert_close(EncoderPass(encoder)(images), expected, rtol=1e-9, atol=1e-9)
@@ -41,21 +42,26 @@ def test_features_are_those_of_the_plain_network(name: str) -> None:
     assert (single - expected).abs().max() < 1e-4 * expected.std()
 
 
+@pytest.mark.parametrize("is_joined", [True, False])
 @pytest.mark.parametrize("name", ["resnet18", "timm/mobilenetv2_050", "timm/tf_efficientnet_lite0"])
-def test_no_norm_is_left_and_the_activation_is(name: str) -> None:
-    fast = EncoderPass(Encoder(make_backbone(name)))._network
+def test_no_norm_is_left_and_the_activation_is(name: str, is_joined: bool) -> None:
+    backbone = make_backbone(name)
+    fast = EncoderPass(Encoder(joined(backbone) if is_joined else backbone))._network
     assert not [module for module in fast.modules() if isinstance(module, _BatchNorm)]
     assert [module for module in fast.modules() if isinstance(module, nn.ReLU | nn.ReLU6)]
 
 
+@pytest.mark.parametrize("is_joined", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"trainable_from": "layer1", "batch_norm": "train"}])
-def test_the_encoder_stays_as_it_is(settings: dict[str, Any]) -> None:
-    encoder = _encoder(**settings).train()
+def test_the_encoder_is_left_unchanged(settings: dict[str, Any], is_joined: bool) -> None:
+    backbone = make_backbone("resnet18", "layer1")
+    encoder = Encoder(joined(backbone) if is_joined else backbone, **settings).train()
 
     def look() -> tuple[Any, ...]:
         state = {name: tensor.numpy().tobytes() for name, tensor in encoder.state_dict().items()}
         flags = [parameter.requires_grad for parameter in encoder.parameters()]
-        return state, flags, [(type(m), m.training) for m in encoder.modules()], [id(p) for p in encoder.parameters()]
+        modules = [(id(module), type(module), module.training) for module in encoder.modules()]
+        return state, flags, modules, [id(parameter) for parameter in encoder.parameters()]
 
     before, strides = look(), [p.stride() for p in encoder.parameters()]
     EncoderPass(encoder)(photos())
@@ -124,7 +130,7 @@ def test_compiler_that_fails_is_reported_in_a_line_and_not_needed(
 
 
 def test_batches_of_the_size_or_less_go_to_the_compiled_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in that says which sizes it was given; each new one would be compiled for anew."""
+    """A stand-in notes the sizes that it is given. A real compiler would compile again for each new one."""
     sizes = []
 
     def compiled(network: nn.Module, **_: Any) -> Any:

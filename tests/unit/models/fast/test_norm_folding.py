@@ -1,8 +1,9 @@
-"""Convolutions that apply their BatchNorm: the same features, gradients and names as the two apart, and never stale."""
+"""Convolutions that apply their BatchNorm: features, gradients and names are those of the two layers apart."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -11,20 +12,21 @@ import pytest
 import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import spectral_norm
 
 from capdist.features.encoder_pass import EncoderPass
-from capdist.models.encoder import Encoder
-from capdist.models.fast.norm_folding import find_pairs, join
-from tests.unit.models.backbones import as_backbone, cells, copy_of, make_backbone, photos, saved_bytes
+from capdist.models.encoder import Backbone, Encoder, build_backbone
+from capdist.models.fast.norm_folding import AppliedNorm2d, NormedConv2d, find_pairs, fold_norms, join_norms
+from tests.unit.models.backbones import as_backbone, cells, copy_of, joined, make_backbone, photos, saved_bytes
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 
 
 def _apart(encoder: Encoder, network: nn.Module) -> nn.Module:
-    """Put an encoder's weights, modes and choice of parameters into a network that nobody has joined."""
+    """Give a network that is not joined an encoder's weights, modes and choice of parameters."""
     network.load_state_dict(encoder.network.state_dict())
-    for ours, theirs in zip(network.modules(), encoder.network.modules(), strict=True):
+    for (name, ours), (other, theirs) in zip(network.named_modules(), encoder.network.named_modules(), strict=True):
+        assert name == other
         ours.training = theirs.training
     for ours, theirs in zip(network.parameters(), encoder.network.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
@@ -41,9 +43,13 @@ def test_pairs_of_known_networks(name: str, pairs: int) -> None:
     network = make_backbone(name).network
     found = find_pairs(network)
     assert len(found) == pairs
-    assert all(isinstance(network.get_submodule(convolution), nn.Conv2d) for convolution, _ in found)
-    assert all(isinstance(network.get_submodule(norm), _BatchNorm) for _, norm in found)
-    assert find_pairs(Encoder(make_backbone(name)).network) == found, "an encoder made of the same backbone again"
+    assert {module for pair in found for module in pair} <= {*network.modules()}
+    join_norms(network)
+    modules = [*network.modules()]
+    assert sum(isinstance(module, NormedConv2d) for module in modules) == pairs
+    assert sum(isinstance(module, AppliedNorm2d) for module in modules) == pairs
+    join_norms(network)
+    assert [*network.modules()] == modules, "joining again changed a network that was joined"
 
 
 class _Net(nn.Module):
@@ -88,11 +94,42 @@ def _tied() -> nn.Module:
     return net
 
 
+def _with_two_names() -> nn.Module:
+    net = _Net(_plain)
+    net.also_conv, net.also_norm = net.conv, net.norm
+    return net
+
+
+def _hooked() -> nn.Module:
+    net = _Net(_plain)
+    net.norm.register_forward_hook(lambda module, inputs, output: output + 1)
+    return net
+
+
+def _in_a_list(*names: str) -> nn.Module:
+    """Return a network that calls these of its layers from a list, where torch cannot see them."""
+
+    def run(net: Any, x: Tensor) -> Tensor:
+        for name in ("conv", "norm"):
+            x = net.layers[name](x) if name in net.layers else getattr(net, name)(x)
+        return x
+
+    net = _Net(run)
+    net.layers = {name: getattr(net, name) for name in names}
+    return net
+
+
 NETWORKS = {
     "plain": (1, lambda: _Net(_plain)),
     "with a bias and groups": (1, lambda: _Net(_plain, conv=nn.Conv2d(3, 9, 3, groups=3), norm=nn.BatchNorm2d(9))),
     "reflecting": (1, lambda: _Net(_plain, conv=nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"))),
     "tied to a convolution without norm": (1, _tied),
+    "with two names": (1, _with_two_names),
+    "a hook on the norm": (0, _hooked),
+    "a hook makes the weight": (0, lambda: _Net(_plain, conv=spectral_norm(nn.Conv2d(3, 8, 3)))),
+    "convolution in a list": (0, lambda: _in_a_list("conv")),
+    "norm in a list": (0, lambda: _in_a_list("norm")),
+    "both in a list": (0, lambda: _in_a_list("conv", "norm")),
     "output read twice": (0, lambda: _Net(_output_read_twice)),
     "norm before": (0, lambda: _Net(lambda net, x: net.conv(net.norm(x)), norm=nn.BatchNorm2d(3))),
     "convolution called twice": (0, lambda: _Net(lambda net, x: net.norm(net.conv(x)) + net.conv(x))),
@@ -109,13 +146,15 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("case", NETWORKS)
-def test_only_what_is_certain_is_folded_and_all_stay_right(case: str) -> None:
+@torch.no_grad()
+def test_only_certain_pairs_are_joined_and_every_network_stays_right(case: str) -> None:
     pairs, make = NETWORKS[case]
     torch.manual_seed(0)
     backbone = as_backbone(make().eval(), 8)
     expected = cells(backbone.network(photos()))
-    assert len(find_pairs(backbone.network)) == pairs
-    encoder = Encoder(backbone)
+    torch.testing.assert_close(EncoderPass(Encoder(backbone))(photos()), expected, **EXACT)
+    encoder = Encoder(joined(backbone))
+    assert sum(isinstance(module, NormedConv2d) for module in encoder.modules()) == pairs
     torch.testing.assert_close(encoder(photos()), expected, **EXACT)
     torch.testing.assert_close(EncoderPass(encoder)(photos()), expected, **EXACT)
 
@@ -134,7 +173,7 @@ def test_only_what_is_certain_is_folded_and_all_stay_right(case: str) -> None:
 def test_gradients_are_those_of_the_two_apart(name: str, trainable_from: str, batch_norm: Any) -> None:
     backbone = make_backbone(name)
     apart = copy_of(backbone).network
-    encoder = Encoder(backbone, trainable_from=trainable_from, batch_norm=batch_norm).train()
+    encoder = Encoder(joined(backbone), trainable_from=trainable_from, batch_norm=batch_norm).train()
     _apart(encoder, apart)
     features, expected = encoder(photos(3, 32)), cells(apart(photos(3, 32)))
     torch.testing.assert_close(features, expected, **EXACT)
@@ -151,18 +190,72 @@ def test_gradients_are_those_of_the_two_apart(name: str, trainable_from: str, ba
         torch.testing.assert_close(encoder.network.get_buffer(key), buffer, **EXACT)
 
 
-def test_names_and_parameters_stay_as_they_are() -> None:
-    backbone = make_backbone("resnet18")
-    before = {key: tensor.clone() for key, tensor in backbone.network.state_dict().items()}
-    parameters = [*backbone.network.named_parameters()]
-    encoder = Encoder(backbone, trainable_from="layer3")
-    join(encoder.network, encoder.pairs)
-    after = encoder.network.state_dict()
-    assert [*after] == [*before]
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert all(
-        ours is theirs for (_, ours), (_, theirs) in zip(encoder.network.named_parameters(), parameters, strict=True)
-    )
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t", "timm/tf_efficientnet_lite0"])
+def test_joining_changes_no_name_parameter_or_buffer(name: str) -> None:
+    """The order counts too: an optimizer's state is stored by it."""
+    network = make_backbone(name).network
+
+    def look() -> list[tuple[str, int, bytes]]:
+        tensors = [*network.named_parameters(), *network.named_buffers()]
+        return [(key, id(tensor), tensor.detach().numpy().tobytes()) for key, tensor in tensors]
+
+    before, keys, children = look(), [*network.state_dict()], [key for key, _ in network.named_modules()]
+    join_norms(network)
+    assert any(isinstance(module, NormedConv2d) for module in network.modules())
+    assert look() == before
+    assert [*network.state_dict()] == keys
+    assert [key for key, _ in network.named_modules()] == children
+
+
+def test_a_layer_with_two_names_is_replaced_under_both() -> None:
+    net: Any = _with_two_names().eval()
+    join_norms(net)
+    assert type(net.conv) is NormedConv2d
+    assert net.also_conv is net.conv
+    assert net.also_norm is net.norm
+
+
+def test_joining_leaves_the_old_layers_as_they_were() -> None:
+    net = _Net(_plain).eval()
+    convolution, norm = net.conv, net.norm
+    expected = convolution(photos().float())
+    join_norms(net)
+    assert type(net.conv) is NormedConv2d
+    assert (type(convolution), type(norm)) == (nn.Conv2d, nn.BatchNorm2d)
+    assert torch.equal(convolution(photos().float()), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t"])
+def test_joining_draws_no_random_numbers(name: str) -> None:
+    found = []
+    for joins_norms in (True, False):
+        torch.manual_seed(3)
+        state = build_backbone(name, joins_norms=joins_norms).network.state_dict()
+        found.append((state, torch.rand(4)))
+    (ours, next_ours), (theirs, next_theirs) = found
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert torch.equal(next_ours, next_theirs)
+
+
+def test_only_capdists_own_networks_are_joined() -> None:
+    assert any(isinstance(module, NormedConv2d) for module in build_backbone("resnet18").network.modules())
+    plain = build_backbone("resnet18", joins_norms=False).network
+    assert not any(isinstance(module, NormedConv2d | AppliedNorm2d) for module in plain.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, {"trainable_from": "all"}, {"trainable_from": "all", "batch_norm": "train"}])
+def test_a_network_given_to_an_encoder_keeps_its_modules(settings: dict[str, Any]) -> None:
+    network = make_backbone("resnet18", "layer1").network
+    plain = copy.deepcopy(network)
+    before = [(name, id(module), type(module)) for name, module in network.named_modules()]
+    encoder = Encoder(Backbone(network, 64, (0.5,) * 3, (0.5,) * 3), **settings)
+    EncoderPass(encoder.train())
+    encoder(photos()).sum().backward() if settings else encoder(photos())
+    assert encoder.network is network
+    assert [(name, id(module), type(module)) for name, module in network.named_modules()] == before
+    # Batch statistics have moved by now; the features must be those of the plain network with the same state.
+    plain.load_state_dict(network.state_dict())
+    assert torch.equal(encoder.eval()(photos()), cells(plain.eval()(photos())))
 
 
 def _load(encoder: Encoder) -> None:
@@ -194,10 +287,10 @@ def _other_type(encoder: Encoder) -> None:
 
 
 @pytest.mark.parametrize("change", [_load, _assign, _step, _statistics, _other_type])
-def test_no_weights_are_older_than_the_networks(change: Callable[[Encoder], None]) -> None:
+def test_the_scaled_weights_follow_every_change(change: Callable[[Encoder], None]) -> None:
     backbone = make_backbone("resnet18", "layer1")
     apart = copy_of(backbone).network
-    encoder = Encoder(backbone, trainable_from="all")
+    encoder = Encoder(joined(backbone), trainable_from="all")
     before = encoder.eval()(photos())
     change(encoder)
     encoder.eval()
@@ -206,24 +299,58 @@ def test_no_weights_are_older_than_the_networks(change: Callable[[Encoder], None
     torch.testing.assert_close(features, cells(_apart(encoder, apart)(photos())), **EXACT)
 
 
-def test_a_copy_has_norms_of_its_own() -> None:
-    encoder = Encoder(make_backbone("resnet18", "layer1")).eval()
+def _pickled(encoder: Encoder) -> Encoder:
+    other: Encoder = pickle.loads(pickle.dumps(encoder))
+    return other
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled])
+@pytest.mark.parametrize("name", ["resnet18", "timm/tf_efficientnet_lite0"])
+def test_a_copy_has_norms_of_its_own(name: str, duplicate: Callable[[Encoder], Encoder]) -> None:
+    encoder = Encoder(joined(make_backbone(name))).eval()
     before = encoder(photos())
-    other = copy.deepcopy(encoder)
+    other = duplicate(encoder)
+    assert torch.equal(other(photos()), before)
     with torch.no_grad():
         for tensor in other.state_dict().values():
-            tensor.copy_(tensor * 2 + 1)
+            tensor.copy_(tensor * 0.9 + 0.1)
     assert torch.equal(encoder(photos()), before)
-    apart = make_backbone("resnet18", "layer1").network
-    torch.testing.assert_close(other(photos()), cells(_apart(other, apart)(photos())), **EXACT)
+    changed = other(photos())
+    assert not torch.allclose(changed, before)
+    torch.testing.assert_close(changed, cells(_apart(other, make_backbone(name).network)(photos())), **EXACT)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/tf_efficientnet_lite0"])
+def test_channels_last_reaches_the_joined_layers(name: str) -> None:
+    encoder = Encoder(joined(make_backbone(name)))
+    expected = encoder(photos())
+    encoder.to(memory_format=torch.channels_last)
+    normed = [module for module in encoder.modules() if isinstance(module, NormedConv2d)]
+    assert normed
+    assert all(module.weight.is_contiguous(memory_format=torch.channels_last) for module in normed)
+    torch.testing.assert_close(encoder(photos()), expected, **EXACT)
+
+
+@pytest.mark.parametrize("is_joined", [True, False])
+def test_folding_leaves_parameters_that_are_shared_with_another_network(is_joined: bool) -> None:
+    net = _Net(_plain).double().eval()
+    other = _Net(_plain).double().eval()
+    other.conv.weight, other.norm.weight = net.conv.weight, net.norm.weight
+    expected, shared = other(photos()), other.conv.weight.clone()
+    if is_joined:
+        join_norms(net)
+    fold_norms(net)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    assert torch.equal(other.conv.weight, shared)
+    assert torch.equal(other(photos()), expected)
 
 
 def test_outputs_of_convolutions_are_not_kept() -> None:
-    """Of a convolution and its norm, the input of the latter is half of what would be kept."""
+    """The input of the norm, an activation of this size, is what the two layers apart would keep more."""
     layers = OrderedDict(layer1=nn.Conv2d(3, 8, 3), bn1=nn.BatchNorm2d(8), relu=nn.ReLU(inplace=True))
     backbone = as_backbone(nn.Sequential(layers), 8)
     apart = copy_of(backbone).network
-    encoder = Encoder(backbone, trainable_from="all").train()
+    encoder = Encoder(joined(backbone), trainable_from="all").train()
     activation = 8 * 2 * 8 * 62 * 62
     difference = saved_bytes(_apart(encoder, apart), photos()) - saved_bytes(encoder.network, photos())
     assert difference == pytest.approx(activation, rel=0.05)

@@ -1,8 +1,9 @@
-"""Gradient checkpointing: the same gradients, statistics and dropout with less kept, and refused where it cannot be."""
+"""Gradient checkpointing keeps less for the same gradients, statistics and dropout. Some networks cannot do it."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from torch import nn
 from capdist.errors import UsageError
 from capdist.models.encoder import Backbone, Encoder
 from capdist.recipe.sections import Recipe
-from tests.unit.models.backbones import as_backbone, copy_of, make_backbone, photos, saved_bytes
+from tests.unit.models.backbones import as_backbone, copy_of, joined, make_backbone, photos, saved_bytes
 
 
 def _pair(backbone: Backbone, **settings: Any) -> tuple[Encoder, Encoder]:
-    """Return an encoder, and one that recomputes."""
+    """Return an encoder, and an equal one that recomputes."""
     other = copy_of(backbone)
     return Encoder(backbone, **settings).train(), Encoder(other, gradient_checkpointing=True, **settings).train()
 
@@ -49,26 +50,29 @@ def _assert_alike(plain: Encoder, recomputing: Encoder) -> None:
         ("timm/test_efficientnet", "all", "frozen"),
     ],
 )
-def test_gradients_and_statistics_are_the_same(name: str, trainable_from: str, batch_norm: Any) -> None:
-    plain, recomputing = _pair(make_backbone(name), trainable_from=trainable_from, batch_norm=batch_norm)
+@pytest.mark.parametrize("prepare", [joined, lambda backbone: backbone], ids=["joined", "plain"])
+def test_gradients_and_statistics_are_the_same(
+    prepare: Callable[[Backbone], Backbone], name: str, trainable_from: str, batch_norm: Any
+) -> None:
+    plain, recomputing = _pair(prepare(make_backbone(name)), trainable_from=trainable_from, batch_norm=batch_norm)
     _assert_alike(plain, recomputing)
 
 
 def test_dropout_falls_as_it_did() -> None:
     block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, 8, 1), nn.ReLU())
     backbone = as_backbone(nn.Sequential(OrderedDict(layer1=nn.Sequential(block))), 8)
-    _assert_alike(*_pair(backbone, trainable_from="all", batch_norm="train"))
+    _assert_alike(*_pair(joined(backbone), trainable_from="all", batch_norm="train"))
 
 
 @pytest.mark.parametrize(("name", "share"), [("resnet18", 0.5), ("timm/resnet10t", 0.8)])
 def test_less_is_kept(name: str, share: float) -> None:
     """Many small activations beside few weights: with large weights, their scaled copies would hide them."""
-    plain, recomputing = _pair(make_backbone(name), trainable_from="layer1")
+    plain, recomputing = _pair(joined(make_backbone(name)), trainable_from="layer1")
     assert saved_bytes(recomputing, photos(4, 128)) < share * saved_bytes(plain, photos(4, 128))
 
 
 def test_only_blocks_that_train_run_twice() -> None:
-    encoder = Encoder(make_backbone("resnet18"), trainable_from="layer3", gradient_checkpointing=True).train()
+    encoder = Encoder(joined(make_backbone("resnet18")), trainable_from="layer3", gradient_checkpointing=True).train()
     runs: Counter[str] = Counter()
     for name in ("conv1", "layer2.0", "layer3.0", "layer4.1"):
         module = encoder.network.get_submodule(name)
