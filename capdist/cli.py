@@ -38,7 +38,7 @@ ImageSize = Annotated[
     typer.Option(min=32, max=2048, help="squash photos to so many pixels; default: as the model says"),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
-Config = Annotated[Path, typer.Option(metavar="RECIPE", help="YAML file under configs/")]
+Config = Annotated[str, typer.Option(metavar="RECIPE", help="YAML file, or name of a shipped recipe")]
 
 Search = dict[str, Any]
 """Search settings by name, those that the command line gives; see `takes_search`."""
@@ -236,7 +236,7 @@ def benchmark(
     ] = None,
     *,
     config: Annotated[
-        Path | None, typer.Option(metavar="RECIPE", help="sizes; default: ResNet-50, 49 cells, 512 hidden")
+        str | None, typer.Option(metavar="RECIPE", help="sizes; default: ResNet-50, 49 cells, 512 hidden")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed calls; the median counts; capdist's epoch runs once")] = 5,
     images: Annotated[

@@ -15,6 +15,7 @@ if __package__ in (None, ""):  # started as a file: this folder must not be wher
 
 from capdist.distributed.process import spin_briefly
 from capdist.errors import run_program
+from capdist.recipe.names import DEFAULT_RECIPE
 from capdist.recipe.reading import load_stages, save_recipe
 from capdist.recipe.sections import Recipe
 
@@ -41,12 +42,6 @@ class TrainResult:
     metrics: dict[str, Any]
 
 
-def default_recipe() -> Path:
-    """Return the path of `scenes.yaml`, in a checkout or inside an installed package."""
-    here = Path(__file__).resolve().parent
-    return next(p for p in (here.parent / "configs" / "scenes.yaml", here / "configs" / "scenes.yaml") if p.exists())
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line; argparse exits with 2 on a mistake."""
     parser = argparse.ArgumentParser(
@@ -57,7 +52,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", default=str(default_recipe()), metavar="RECIPE", help="YAML file (default: %(default)s)"
+        "--config",
+        default=DEFAULT_RECIPE,
+        metavar="RECIPE",
+        help="YAML file, or name of a shipped recipe (default: %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of the run")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")

@@ -108,7 +108,7 @@ def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Names
     threads = max(1, available_processors() // arguments.jobs)
     own = [f"run.output_dir={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"run.threads={threads}"]
     program = ["--config_file", str(ROOT / "accelerate_config.yaml"), str(ROOT / "capdist" / "train.py")]
-    training = [sys.executable, "-m", "accelerate.commands.launch", *program, "--config", str(arguments.config)]
+    training = [sys.executable, "-m", "accelerate.commands.launch", *program, "--config", arguments.config]
     data = load_stages(arguments.config, settings)[-1].data
     scoring = [sys.executable, "-m", "capdist.cli", "evaluate", str(folder / "model"), "--split", "dev-report"]
     scoring += ["--source", data.source, "--output", str(folder / "dev-report.json")]
@@ -159,7 +159,7 @@ def main() -> None:
     """Train what is missing, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, metavar="ROWS", help="YAML file: names of rows, and what each changes")
-    parser.add_argument("--config", type=Path, help="recipe that the rows change")
+    parser.add_argument("--config", metavar="RECIPE", help="recipe that the rows change: YAML file, or shipped name")
     parser.add_argument("--only", nargs="+", help="names of rows; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the processor's cores")

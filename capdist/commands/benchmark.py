@@ -26,7 +26,7 @@ from capdist.version import __version__
 NAMES = ("train-step", "encode", "caption", "input", "epoch")
 
 
-def load_sizes(config: Path | None, overrides: Sequence[str]) -> Recipe:
+def load_sizes(config: str | None, overrides: Sequence[str]) -> Recipe:
     """Read the recipe to be measured; without one, features of a ResNet-50 as they come, and the usual sizes.
 
     Raises:

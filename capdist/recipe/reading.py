@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from capdist.errors import Mistake, UsageError, nearest_name, show_value
 from capdist.files import write_atomically
+from capdist.recipe.names import find_recipe
 from capdist.recipe.sections import (
     Recipe,
     keys_of,
@@ -81,7 +82,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply overrides, check everything.
 
     Args:
-        path: YAML file.
+        path: YAML file, or name of a shipped recipe.
         overrides: `section.key=value`, values written as in YAML, text as it stands.
 
     Returns:
@@ -101,7 +102,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
     starts from the best model of the one before it.
 
     Args:
-        path: YAML file.
+        path: YAML file, or name of a shipped recipe.
         overrides: `section.key=value`, values written as in YAML but text as it stands, which hold in all stages; or
             `stages.<name>.section.key=value`.
 
@@ -111,8 +112,9 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
     Raises:
         UsageError: with one line for each mistake in the file and the overrides.
     """
+    path = find_recipe(path)
     mistakes: list[Mistake] = []
-    values, places = _read_yaml(Path(path), mistakes)
+    values, places = _read_yaml(path, mistakes)
     stages = values.pop("stages", None)
     if stages is None:
         for override in overrides:
@@ -176,8 +178,6 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence
 def _read_yaml(path: Path, mistakes: list[Mistake]) -> tuple[dict[str, Any], Places]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such recipe file; the shipped ones are in configs/") from None
     except IsADirectoryError:
         raise UsageError(f"{path}: is a folder; --config takes a YAML file") from None
     except OSError as error:
