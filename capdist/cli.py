@@ -227,6 +227,17 @@ def features(
 
 
 @app.command()
+def keys(
+    section: Annotated[str | None, typer.Argument(metavar="SECTION", help="such as training; none = all")] = None,
+    debug: Debug = False,
+) -> None:
+    """List every recipe key with type, default and meaning."""
+    from capdist.recipe.keys import print_keys
+
+    print_keys(section)
+
+
+@app.command()
 def benchmark(
     arguments: Annotated[
         list[str] | None,

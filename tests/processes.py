@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import socket
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TRAIN = REPOSITORY / "capdist" / "train.py"
@@ -62,3 +69,39 @@ def launch(
 def check_finished(result: subprocess.CompletedProcess[str]) -> None:
     """Fail with everything that was printed if the command failed."""
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+
+
+@dataclass(frozen=True)
+class OnTerminal:
+    """What a command left on a terminal.
+
+    Attributes:
+        returncode: Of the command.
+        output: Everything written to the terminal, with its control characters.
+    """
+
+    returncode: int
+    output: str
+
+
+def run_on_terminal(command: list[str], *, columns: int = 80, timeout_s: float = 240, **environment: str) -> OnTerminal:
+    """Run a command of this Python whose input, output and errors are a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPOSITORY, start_new_session=True,
+        env=inherited | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color"} | environment,
+    )  # fmt: skip
+    os.close(theirs)
+    killer = Timer(timeout_s, process.kill)
+    killer.start()
+    output = bytearray()
+    with suppress(OSError):  # Linux says so when the last process has closed the terminal
+        while chunk := os.read(ours, 65536):
+            output += chunk
+    os.close(ours)
+    returncode = process.wait()
+    killer.cancel()
+    return OnTerminal(returncode, output.decode())

@@ -234,7 +234,7 @@ class TransformerSection(DecoderSection):
         if self.hidden_size % self.num_heads:
             yield Mistake(
                 "decoder.hidden_size",
-                f"must be a multiple of decoder.num_heads, found {self.hidden_size} and {self.num_heads}",
+                f"{self.hidden_size} is not a multiple of decoder.num_heads = {self.num_heads}; make it one",
             )
 
 

@@ -60,6 +60,12 @@ def test_a_recipe_by_name_trains_in_an_empty_folder(programs: Path, tmp_path: Pa
     assert lines[-1]["step"] == 2
 
 
+def test_keys_are_described(programs: Path, tmp_path: Path) -> None:
+    result = run(programs / "capdist", "keys", "training", folder=tmp_path)
+    check_finished(result)
+    assert "training.learning_rate  [default: 0.001]" in result.stdout.splitlines()
+
+
 def test_a_path_of_a_checkout_means_the_shipped_recipe(programs: Path, tmp_path: Path) -> None:
     result = run(programs / "capdist", "train", "--config", "configs/flickr8k.yaml", folder=tmp_path)
     said, mistake = result.stderr.splitlines()
