@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capdist.errors import DataError, Mistake, UsageError, run_program
+from capdist.arguments import HELP_OPTIONS, Config, Debug, Overrides, complete_recipe, run_command
+from capdist.errors import DataError, Mistake, run_program
 from capdist.recipe.sections import SearchSettings
 from capdist.version import __version__
 
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Train, evaluate and use image captioners.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings=HELP_OPTIONS,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -37,8 +37,6 @@ ImageSize = Annotated[
     int | None,
     typer.Option(min=32, max=2048, help="squash photos to so many pixels; default: as the model says"),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
-Config = Annotated[str, typer.Option(metavar="RECIPE", help="YAML file, or name of a shipped recipe")]
 
 Search = dict[str, Any]
 """Search settings by name, those that the command line gives; see `takes_search`."""
@@ -84,13 +82,15 @@ def _search_options() -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -148,7 +148,7 @@ def caption(
     attention: Annotated[Path | None, typer.Option(metavar="FOLDER", help="save what each word looked at")] = None,
     debug: Debug = False,
 ) -> None:
-    """Caption photos; those that cannot be read are told at the end, with exit code 3."""
+    """Caption photos. Photos that cannot be read are listed at the end, with exit code 3."""
     from capdist.inference.captioner import Captioner, find_photos
 
     photos = find_photos(images)
@@ -197,10 +197,10 @@ def _new_file(folder: Path, name: str) -> Path:
 @app.command()
 def check(
     config: Config,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value", help="recipe overrides")] = None,
+    overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Read every caption and every photo of a recipe once, and list what is wrong; exits with 3 if anything is."""
+    """Read every caption and photo of a recipe; list every problem. The exit code is 3 if there is one."""
     from capdist.commands.check import check_recipe
     from capdist.recipe.reading import load_stages
     from capdist.training.setup import check_networks
@@ -213,7 +213,7 @@ def check(
 @app.command()
 def features(
     config: Config,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="section.key=value", help="recipe overrides")] = None,
+    overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
     """Encode every photo of a recipe into the cache. Also under `accelerate launch -m capdist.cli features …`."""
@@ -247,7 +247,12 @@ def benchmark(
     ] = None,
     *,
     config: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="sizes; default: ResNet-50, 49 cells, 512 hidden")
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="sizes; default: ResNet-50, 49 cells, 512 hidden",
+            autocompletion=complete_recipe,
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="timed calls; the median counts; capdist's epoch runs once")] = 5,
     images: Annotated[
@@ -267,7 +272,7 @@ def benchmark(
     as_json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write all figures")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure speed side by side with a plain implementation and with what this machine can do."""
+    """Measure speed beside a plain implementation. Also beside what this machine can do."""
     from capdist.distributed.process import spin_briefly
 
     spin_briefly()
@@ -297,22 +302,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(run_program(lambda: _run(arguments), debug="--debug" in arguments))
 
 
-def _run(arguments: list[str]) -> None:
-    # The click that typer uses is a dependency of it in some versions and a part of it in others.
-    click_error: Any = typer.BadParameter.__base__
-    try:
-        code: Any = app(arguments, standalone_mode=False, prog_name="capdist")
-    except click_error as error:
-        raise UsageError(f"{error.format_message()} (see `capdist {_subcommand(arguments)}--help`)") from None
-    except typer.Abort:
-        raise KeyboardInterrupt from None
-    if code:
+def _run(arguments: Sequence[str]) -> None:
+    if code := run_command(app, arguments, "capdist"):
         sys.exit(code)
-
-
-def _subcommand(arguments: list[str]) -> str:
-    known = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    return f"{arguments[0]} " if arguments and arguments[0] in known else ""
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def test_a_recipe_by_name_trains_in_an_empty_folder(programs: Path, tmp_path: Pa
     assert lines[-1]["step"] == 2
 
 
+def test_the_package_is_a_program(programs: Path, tmp_path: Path) -> None:
+    result = run(programs / "python", "-m", "capdist", "--help", folder=tmp_path)
+    check_finished(result)
+    assert result.stdout.startswith("Usage: capdist [OPTIONS] COMMAND")
+
+
 def test_keys_are_described(programs: Path, tmp_path: Path) -> None:
     result = run(programs / "capdist", "keys", "training", folder=tmp_path)
     check_finished(result)

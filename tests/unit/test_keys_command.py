@@ -13,7 +13,7 @@ from capdist import cli
 from capdist.errors import UsageError
 from capdist.recipe.keys import KeyText, keys_of, recipe_sections
 from capdist.recipe.reading import recipe_from_dict
-from capdist.recipe.sections import recipe_keys
+from capdist.recipe.sections import DECODER_SECTIONS, recipe_keys
 from tests.processes import REPOSITORY, run, run_on_terminal
 
 KEYS: list[KeyText] = [key for name, section in recipe_sections() for key in keys_of(name, section)]
