@@ -8,14 +8,16 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from capdist.arguments import HELP_OPTIONS, Config, Debug, Overrides, complete_recipe, run_command
-from capdist.errors import DataError, Mistake, run_program
+from capdist.errors import DataError, Mistake, UsageError, run_program
 from capdist.recipe.sections import SearchSettings
+from capdist.train_options import TrainCommand, TrainOptions, train_command
 from capdist.version import __version__
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ Search = dict[str, Any]
 
 PHOTOS_AT_ONCE = 32
 """Photos that `caption` captions before it prints."""
+
+_ARGUMENTS = "capdist.arguments"
 
 
 def _print_version(asked: bool) -> None:
@@ -93,12 +97,26 @@ def _options(
         typer.echo(context.get_help())
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
-def train(context: typer.Context) -> None:
-    """Train: starts `accelerate launch` and hands its exit code on. `capdist train --help` lists the options."""
+class LaunchCommand(TrainCommand):
+    """`capdist train`: options of `accelerate launch` are taken off before the others are read."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep all arguments for the launcher, and read those of training."""
+        from capdist.commands.train import split_arguments
+
+        ctx.meta[_ARGUMENTS] = [*args]
+        with suppress(UsageError) if ctx.resilient_parsing else nullcontext():  # a shell completes half a line
+            _, args = split_arguments(args)
+        return super().parse_args(ctx, args)
+
+
+def _launch(context: typer.Context, options: TrainOptions) -> None:
     from capdist.commands.train import launch_training
 
-    raise typer.Exit(launch_training(context.args))
+    raise typer.Exit(launch_training(context.meta[_ARGUMENTS]))
+
+
+app.command("train", cls=LaunchCommand)(train_command(_launch))
 
 
 @app.command()

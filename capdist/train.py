@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ if __package__ in (None, ""):  # started as a file: this folder must not be wher
 
 from capdist.distributed.process import spin_briefly
 from capdist.errors import run_program
-from capdist.recipe.names import DEFAULT_RECIPE
 from capdist.recipe.reading import load_stages, save_recipe
 from capdist.recipe.sections import Recipe
+from capdist.train_options import parse_arguments
 
 if TYPE_CHECKING:
     from capdist.distributed.launch import Accelerator
@@ -40,27 +39,6 @@ class TrainResult:
     steps: int
     split: str
     metrics: dict[str, Any]
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; argparse exits with 2 on a mistake."""
-    parser = argparse.ArgumentParser(
-        prog="capdist train",
-        description=__doc__,
-        epilog="`capdist train` takes the options of `accelerate launch` too that say where to train, such as "
-        "--num_processes 2, --cpu or --mixed_precision bf16.",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config",
-        default=DEFAULT_RECIPE,
-        metavar="RECIPE",
-        help="YAML file, or name of a shipped recipe (default: %(default)s)",
-    )
-    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of the run")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks of expected errors")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a key of the recipe")
-    return parser.parse_intermixed_args(argv)
 
 
 def train(stages: Sequence[Recipe], *, resume: bool = False) -> TrainResult:
@@ -184,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     Raises:
         CapdistError: the class says what kind of thing went wrong.
     """
-    arguments = parse_arguments(argv)
+    options = parse_arguments(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s")  # warnings of libraries; launch decides who says capdist's own
-    return train(load_stages(arguments.config, arguments.overrides), resume=arguments.resume)
+    return train(load_stages(options.config, options.overrides), resume=options.resume)
 
 
 if __name__ == "__main__":

@@ -56,11 +56,11 @@ def launch_training(arguments: Sequence[str]) -> int:
         CapdistError: with what the training processes had to say and their exit code.
     """
     from capdist.recipe.reading import load_recipe
-    from capdist.train import parse_arguments
+    from capdist.train_options import parse_arguments
 
-    place, what = _split(arguments)
-    parsed = parse_arguments(what)
-    load_recipe(parsed.config, parsed.overrides)
+    place, what = split_arguments(arguments)
+    options = parse_arguments(what)
+    load_recipe(options.config, options.overrides)
     script = Path(__file__).resolve().parents[1] / "train.py"
     place, environment = _default_place(place)
     command = [sys.executable, "-m", "capdist.commands.train", *place, str(script), *what]
@@ -74,8 +74,12 @@ def launch_training(arguments: Sequence[str]) -> int:
         return _outcome(code, Path(folder), signals.received)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments that say where to train, spelt with underscores, and the others."""
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments that say where to train, spelt with underscores, and the others.
+
+    Raises:
+        UsageError: if the last of them needs a value.
+    """
     place: list[str] = []
     what: list[str] = []
     waiting = list(arguments)

@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("errors", "files", "version"), ("recipe",), ("text",), ("data",), ("models",), ("decoding",), ("metrics",),
     ("model_folder",), ("inference",), ("distributed",), ("features",), ("evaluation",), ("training",), ("benchmark",),
-    ("arguments",), ("train",), ("commands",), ("cli", "__main__"),
+    ("arguments", "train_options"), ("train",), ("commands",), ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -12,8 +12,10 @@ import pytest
 
 from capdist import cli
 from capdist.arguments import complete_override, complete_recipe
+from capdist.commands import train as launcher
 from capdist.recipe.sections import recipe_keys
-from tests.processes import REPOSITORY, run
+from capdist.train_options import TrainOptions, parse_arguments
+from tests.processes import REPOSITORY, TRAIN, run
 
 COMMANDS = ["train", "evaluate", "caption", "check", "features", "keys", "benchmark"]
 
@@ -47,7 +49,7 @@ def test_summaries_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(re.fullmatch(r"  \w+ +[A-Z].*[^.]\.", line) for line in listed), listed
 
 
-@pytest.mark.parametrize("command", COMMANDS[1:])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_plain_help_of_80_columns(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = output_of(capsys, command, "-h")
     assert shown == output_of(capsys, command, "--help")
@@ -61,6 +63,52 @@ def test_the_package_is_a_program(arguments: list[str]) -> None:
     result = run(["-m", "capdist", *arguments])
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Usage: capdist [OPTIONS] COMMAND")
+
+
+def test_help_of_training_says_what_there_is_to_train(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = " ".join(output_of(capsys, "train", "--help").split())
+    options, _, recipes = shown.partition(" Recipes: ")
+    for path in (REPOSITORY / "configs").glob("*.yaml"):
+        begin = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").partition(". ")[0]
+        assert f"{path.stem} {begin}" in recipes
+    assert "`capdist keys` lists all keys" in options
+    assert "options of `accelerate launch`, such as --num_processes 2" in options
+    assert "[default: scenes]" in options
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        ([], TrainOptions("scenes")),
+        (["run.seed=1", "--config", "a.yaml", "run.name=x"], TrainOptions("a.yaml", ("run.seed=1", "run.name=x"))),
+        (["--resume", "a.b=-1", "--debug", "--config=x"], TrainOptions("x", ("a.b=-1",), resume=True, debug=True)),
+    ],
+)
+def test_what_a_training_process_reads(arguments: list[str], options: TrainOptions) -> None:
+    assert parse_arguments(arguments) == options
+
+
+@pytest.mark.parametrize("place", [[], ["--num_processes", "2"], ["--num-processes=2", "--cpu"], ["-t", "3"]])
+def test_all_arguments_reach_the_launcher_in_their_order(place: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(launcher, "launch_training", lambda arguments: started.append(arguments) or 7)
+    arguments = ["run.seed=1", *place, "--resume", "--config", "flickr8k", "--debug", "stages.look.training.epochs=2"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", *arguments])
+    assert ended.value.code == 7
+    assert started == [arguments]
+
+
+@pytest.mark.parametrize("start", [["train"], None], ids=["capdist train", "train.py"])
+def test_an_option_that_neither_knows_is_refused(start: list[str] | None) -> None:
+    program = [str(TRAIN)] if start is None else ["-m", "capdist", *start]
+    result = run([*program, "--resum", "--config", "scenes"])
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("capdist: error: No such option: --resum")
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -117,6 +165,8 @@ def complete(tmp_path: Path) -> Callable[..., set[str]]:
 def test_the_shell_completes_commands_recipes_and_keys(complete: Callable[..., set[str]]) -> None:
     assert complete("ch") == {"check"}
     assert complete("check", "--con") == {"--config"}
+    assert complete("train", "--num_processes", "2", "--cpu", "--re") == {"--resume"}
+    assert complete("train", "--num_processes", "--re") == {"--resume"}, "an option without its value is no mistake yet"
     recipes = {path.stem for path in (REPOSITORY / "configs").glob("flickr8k*.yaml")}
     assert complete("check", "--config", "flick") == recipes
     keys = {f"training.{key}=" for section, key in recipe_keys() if section == "training" and key[0] == "w"}

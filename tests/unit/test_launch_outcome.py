@@ -17,7 +17,6 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from capdist.commands import train as launcher
 from capdist.errors import CapdistError, ProcessError, Stopped, UsageError
-from capdist.train import parse_arguments
 
 
 def _end(folder: Path, rank: int, code: int, *mistakes: str, lost: bool = False, processes: int = 2) -> None:
@@ -32,7 +31,7 @@ def _started(arguments: list[str]) -> tuple[Any, dict[str, str]]:
     """Return what accelerate's own parser and checks make of the command line, and the environment beside it."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    place, environment = launcher._default_place(launcher._split(arguments)[0])
+    place, environment = launcher._default_place(launcher.split_arguments(arguments)[0])
     return _validate_launch_command(launch_command_parser().parse_args([*place, "train.py"]))[0], environment
 
 
@@ -60,7 +59,7 @@ def test_several_processes_on_gpus() -> None:
 
 def test_an_option_without_its_value() -> None:
     with pytest.raises(UsageError, match="--num_processes needs a value"):
-        launcher._split(["--config", "x.yaml", "--num_processes"])
+        launcher.split_arguments(["--config", "x.yaml", "--num_processes"])
 
 
 @pytest.mark.parametrize("number", [["--num-processes", "2"], ["--num-processes=2"]])
@@ -86,18 +85,10 @@ def _options_of_accelerate() -> list[tuple[str, bool]]:
 
 @pytest.mark.parametrize(("option", "takes_value"), _options_of_accelerate())
 def test_every_option_of_accelerate_is_passed_on(option: str, takes_value: bool) -> None:
-    place, what = launcher._split(["--resume", option, "3", "run.seed=1", "--config", "x.yaml", "--debug"])
+    place, what = launcher.split_arguments(["--resume", option, "3", "run.seed=1", "--config", "x.yaml", "--debug"])
     name = "-" + option[1:].replace("-", "_") if option[:2] != "--" else "--" + option[2:].replace("-", "_")
     assert place == [name, *["3"] * takes_value]
     assert what == ["--resume", *["3"] * (not takes_value), "run.seed=1", "--config", "x.yaml", "--debug"]
-
-
-def test_the_help_tells_of_options_of_accelerate(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "`accelerate launch`" in said.partition("--debug")[2]
-    assert "--num_processes" in said
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
