@@ -8,7 +8,7 @@ READY := .venv/.ready
 .PHONY: train test check clean
 
 train: $(READY)
-	$(BIN)/accelerate launch --config_file accelerate_config.yaml capdist/train.py --config configs/scenes.yaml --resume
+	$(BIN)/capdist train --config scenes --resume
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15

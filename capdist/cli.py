@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from capdist.arguments import HELP_OPTIONS, Config, Debug, Overrides, complete_recipe, run_command
+from capdist.arguments import HELP_OPTIONS, Config, Debug, Overrides, Quiet, complete_recipe, run_command
+from capdist.console import set_up_logging
 from capdist.errors import DataError, Mistake, UsageError, run_program
 from capdist.recipe.sections import SearchSettings
 from capdist.train_options import TrainCommand, TrainOptions, train_command
@@ -138,10 +139,12 @@ def evaluate(
     num_workers: Annotated[int, typer.Option(min=0, help="loader processes")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file with metrics, settings and captions")] = None,
     debug: Debug = False,
+    quiet: Quiet = False,
 ) -> None:
     """Caption a split, free-running, and score it. Also under `accelerate launch -m capdist.cli evaluate …`."""
     from capdist.commands.evaluate import evaluate_folder, evaluation_data
 
+    set_up_logging(quiet=quiet)
     evaluate_folder(
         [model, *(others or ())],
         evaluation_data(source, path, limit=limit, num_workers=num_workers, overrides=overrides or ()),
@@ -217,12 +220,14 @@ def check(
     config: Config,
     overrides: Overrides = None,
     debug: Debug = False,
+    quiet: Quiet = False,
 ) -> None:
     """Read every caption and photo of a recipe; list every problem. The exit code is 3 if there is one."""
     from capdist.commands.check import check_recipe
     from capdist.recipe.reading import load_stages
     from capdist.training.setup import check_networks
 
+    set_up_logging(quiet=quiet)
     stages = load_stages(config, overrides or ())
     check_networks(stages)
     check_recipe(stages[0])
@@ -233,6 +238,7 @@ def features(
     config: Config,
     overrides: Overrides = None,
     debug: Debug = False,
+    quiet: Quiet = False,
 ) -> None:
     """Encode every photo of a recipe into the cache. Also under `accelerate launch -m capdist.cli features …`."""
     from capdist.distributed.process import spin_briefly
@@ -241,6 +247,7 @@ def features(
     spin_briefly()
     from capdist.commands.features import fill_cache
 
+    set_up_logging(quiet=quiet)
     fill_cache(load_recipe(config, overrides or ()))
 
 

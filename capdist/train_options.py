@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from capdist.arguments import HELP_OPTIONS, Config, Debug, Overrides, run_command
+from capdist.arguments import HELP_OPTIONS, Config, Debug, Overrides, Quiet, run_command
 from capdist.recipe.names import DEFAULT_RECIPE, first_sentence, shipped_recipes
 
 Resume = Annotated[bool, typer.Option("--resume", help="continue from the newest whole checkpoint of the run")]
@@ -24,12 +24,14 @@ class TrainOptions:
         overrides: `section.key=value`.
         resume: Whether to continue the run that is there.
         debug: Whether expected errors show a traceback.
+        quiet: Whether to say only warnings and errors.
     """
 
     config: str
     overrides: tuple[str, ...] = ()
     resume: bool = False
     debug: bool = False
+    quiet: bool = False
 
 
 class TrainCommand(TyperCommand):
@@ -55,6 +57,7 @@ def train_command(run: Callable[[typer.Context, TrainOptions], Any]) -> Callable
         config: Config = DEFAULT_RECIPE,
         resume: Resume = False,
         debug: Debug = False,
+        quiet: Quiet = False,
     ) -> Any:
         """Train a captioner from a recipe.
 
@@ -64,7 +67,7 @@ def train_command(run: Callable[[typer.Context, TrainOptions], Any]) -> Callable
         `capdist train` also takes the options of `accelerate launch`, such as --num_processes 2,
         --mixed_precision bf16 or --cpu. It waits for the training processes and hands on their exit code.
         """
-        return run(context, TrainOptions(config, tuple(overrides or ()), resume, debug))
+        return run(context, TrainOptions(config, tuple(overrides or ()), resume, debug, quiet))
 
     return command
 

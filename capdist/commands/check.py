@@ -8,6 +8,7 @@ from capdist.data.checks import Report, check_data
 from capdist.data.images import open_photo
 from capdist.data.splits import read_source
 from capdist.errors import DataError
+from capdist.progress import Progress
 from capdist.recipe.sections import Recipe
 
 if TYPE_CHECKING:
@@ -27,13 +28,12 @@ def check_recipe(recipe: Recipe) -> Report:
         DataError: with one line for each problem.
     """
     from rich.console import Console
-    from tqdm import tqdm
 
     loaded = read_source(recipe.data)
-    with tqdm(total=sum(map(len, loaded.splits.values())), desc="check", unit="photo") as bar:
+    with Progress("check", sum(map(len, loaded.splits.values())), "photo") as bar:
 
         def advance(done: int, total: int) -> None:
-            bar.update(done - bar.n)
+            bar.update(done - bar.done)
 
         report = check_data(loaded, decode=_decode, progress=advance)
     console = Console(highlight=False, markup=False, emoji=False)

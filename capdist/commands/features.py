@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from rich.console import Console
 
 from capdist.data.images import Preprocessing
@@ -28,7 +26,6 @@ def fill_cache(recipe: Recipe) -> list[Encoded]:
     """
     if not recipe.caches_features:
         raise UsageError(_why_not(recipe))
-    logging.basicConfig(format="%(message)s")
     accelerator = build_accelerator(recipe)
     data = prepare(recipe)
     model = build_network(recipe, data.vocabulary).to(accelerator.device)

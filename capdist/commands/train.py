@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped, UsageError
+from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped, UsageError, name_signal
 
 PLACE_FILE = "accelerate_config.yaml"
 # The options of `accelerate launch`; by name, because its own parser costs the seconds that an import of torch takes.
-# Not `--module` and `--no_python`, under which it would start something else, and not `--debug`, which is train.py's.
+# Not `--module` and `--no_python`, under which it would start something else, and not `--debug` and `--quiet`, which
+# are train.py's.
 _PLACE_OPTIONS = (
     "config_file", "mixed_precision", "num_processes", "num_machines", "num_cpu_threads_per_process", "gpu_ids",
     "machine_rank", "main_process_ip", "main_process_port", "t", "tee", "log_dir", "role", "rdzv_backend", "rdzv_conf",
@@ -32,7 +33,7 @@ _PLACE_OPTIONS = (
 )  # fmt: skip
 _PLACE_OPTION_FAMILIES = ("dynamo_", "deepspeed_", "fsdp_", "megatron_lm_", "fp8_", "parallelism_config_")
 _PLACE_FLAGS = (
-    "q", "quiet", "cpu", "multi_gpu", "tpu", "enable_cpu_affinity", "dynamo_use_fullgraph", "dynamo_use_dynamic",
+    "cpu", "multi_gpu", "tpu", "enable_cpu_affinity", "dynamo_use_fullgraph", "dynamo_use_dynamic",
     "dynamo_use_regional_compilation", "use_deepspeed", "use_fsdp", "use_parallelism_config", "use_megatron_lm",
     "same_network", "tpu_cluster", "no_tpu_cluster", "tpu_use_sudo", "downcast_bf16", "fp8_use_autocast_during_eval",
 )  # fmt: skip
@@ -185,7 +186,7 @@ def _outcome(launcher_code: int, folder: Path, received: list[int]) -> int:
         return 1
     if launcher_code and received:
         again = "--resume goes on from the last checkpoint, if there is one"
-        raise Stopped(received[0], f"stopped by signal {received[0]}; {again}")
+        raise Stopped(received[0], f"stopped by {name_signal(received[0])}; {again}")
     if (folder / _REFUSAL_FILE).exists():
         reason = json.loads((folder / _REFUSAL_FILE).read_text())
         raise UsageError(f"accelerate launch refuses its options: {reason}")

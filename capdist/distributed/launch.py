@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +21,7 @@ from accelerate.utils import (
     gather_object,
 )
 
+from capdist.console import speak
 from capdist.distributed.process import keep_freed_memory
 from capdist.errors import UsageError
 from capdist.files import try_lock
@@ -68,8 +69,10 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
             "training.mixed_precision: fp16 needs a GPU; use bf16 or no, here or in what accelerate launch is given"
         )
     check_world(accelerator)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        atexit.register(_leave_group)
     # What is said to the user is said once.
-    logging.getLogger("capdist").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    speak(accelerator.is_main_process)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, available_processors() // local_processes))
     # Attention weights and Adam's second moments decay into denormals, on which processors are ten times slower.
@@ -77,6 +80,12 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def _leave_group() -> None:
+    """End the group of processes, if no one has: threads of gloo that outlive the interpreter abort its process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def end_stage(accelerator: Accelerator) -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from capdist.distributed.launch import on_main
-from capdist.errors import Stopped
+from capdist.errors import Stopped, name_signal
 
 
 class StopSignals:
@@ -50,7 +50,7 @@ class StopSignals:
         """
         # A process that heard of the signal from another one reports the usual one of schedulers.
         number = on_main(accelerator, lambda: self.received) or self.received or signal.SIGTERM
-        return Stopped(number, f"stopped by signal {number} {where}")
+        return Stopped(number, f"stopped by {name_signal(number)} {where}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from tqdm import tqdm
 
 from capdist.data.splits import Split
 from capdist.decoding import SearchOptions, search
@@ -17,6 +16,7 @@ from capdist.distributed.launch import on_main
 from capdist.features.source import FeatureSource
 from capdist.metrics.scorer import CaptionScorer
 from capdist.models.caption_model import CaptionModel
+from capdist.progress import Progress
 from capdist.text.tokenizer import detokenize
 from capdist.text.vocabulary import Vocabulary
 
@@ -87,15 +87,13 @@ class Evaluator:
         model.eval()
         mine: list[tuple[int, str]] = []
         rows = split.scored_rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        with tqdm(
-            total=len(rows), desc=f"caption {split.name}", unit="image", leave=False, delay=1,
-            disable=not self.accelerator.is_main_process,
-        ) as progress:  # fmt: skip
+        is_main, total = self.accelerator.is_main_process, len(split.scored_rows)
+        with Progress(f"caption {split.name}", total, "image", is_brief=True, is_main=is_main) as progress:
             for batch_rows, features in source.batches(model, rows, self.batch_size):
                 with self.accelerator.autocast():
                     result = search(model, features, self.options)
                 words = (self.vocabulary.decode(tokens) for tokens in result.tokens[:, 0].tolist())
                 mine += zip(batch_rows, map(detokenize, words), strict=True)
-                progress.update(len(batch_rows))
+                progress.update(len(batch_rows) * self.accelerator.num_processes)  # the others are about as far
         model.train(was_training)
         return {split.image_ids[row]: caption for row, caption in sorted(gather_object(mine))}

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capdist.data.batches import PhotoDataset, Views, build_views
 from capdist.data.images import Preprocessing
@@ -41,6 +39,7 @@ from capdist.features.store import (
     weights_digest,
 )
 from capdist.models.caption_model import CaptionModel
+from capdist.progress import Progress
 from capdist.recipe.sections import Recipe
 
 logger = logging.getLogger(__name__)
@@ -151,10 +150,10 @@ class _SplitEncoder:
         return augmentation | {"count": views.count, "seed": views.seed, "drawing": 2}
 
     def _key(self, split: Split, settings: Mapping[str, Any]) -> str:
-        photos = tqdm(split.photos, desc=f"read {split.name}", unit="photo", leave=False, delay=1)
-        # Cut short by a signal the key is wrong, and not used.
-        until_told = takewhile(lambda _: not self.signals.received, photos)
-        return store_key(settings, self.weights, digest_photos(until_told, self.root / "photo_digests.json"))
+        with Progress(f"read {split.name}", len(split.photos), "photo", is_brief=True) as progress:
+            # Cut short by a signal the key is wrong, and not used.
+            until_told = takewhile(lambda _: not self.signals.received, progress.each(split.photos))
+            return store_key(settings, self.weights, digest_photos(until_told, self.root / "photo_digests.json"))
 
     @contextmanager
     def _claim(self, folder: Path, split: str, num_rows: int, settings: Mapping[str, Any]) -> Iterator[None]:
@@ -190,12 +189,12 @@ class _SplitEncoder:
             num_workers=self.recipe.data.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )
-        progress = tqdm(
-            total=len(dataset), initial=len(dataset) - len(missing), desc=f"encode {split}",
-            unit=_unit(dataset), disable=not self.accelerator.is_main_process,
+        progress = Progress(
+            f"encode {split}", len(dataset), _unit(dataset),
+            initial=len(dataset) - len(missing), is_main=self.accelerator.is_main_process,
         )  # fmt: skip
         num_rounds = math.ceil(len(missing) / (batch_size * world))
-        with logging_redirect_tqdm(), progress:
+        with progress:
             writer = self._open(folder)
             try:
                 with writer:
@@ -218,7 +217,7 @@ class _SplitEncoder:
         return writer
 
     def _encode_all(
-        self, batches: Iterator[tuple[Tensor, Tensor]], num_rounds: int, writer: StoreWriter, progress: Any
+        self, batches: Iterator[tuple[Tensor, Tensor]], num_rounds: int, writer: StoreWriter, progress: Progress
     ) -> Exception | None:
         """Encode this process's batches until any process fails or is told to stop; return the error of this one."""
         error = None

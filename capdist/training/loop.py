@@ -14,8 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from capdist.data.batches import CaptionBatch, CaptionDataset, Collator, build_views
 from capdist.data.images import Preprocessing, build_augmentation
@@ -27,6 +25,7 @@ from capdist.evaluation.evaluator import Evaluator
 from capdist.features.source import FeatureSource
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
+from capdist.progress import Progress
 from capdist.recipe.sections import Recipe
 from capdist.training import OBJECTIVES
 from capdist.training.averaging import WeightAverage
@@ -181,9 +180,9 @@ class Loop:
         self._set_mode()
         batches = self._batches()
         meter = self._new_meter()
-        with logging_redirect_tqdm(), tqdm(
-            total=self.total_steps, initial=self.state.step, desc="train", unit="step",
-            disable=not self.accelerator.is_main_process,
+        with Progress(
+            self.recipe.run.name, self.total_steps, "step",
+            initial=self.state.step, is_training=True, is_main=self.accelerator.is_main_process,
         ) as progress:  # fmt: skip
             if self.state.step == 0 and self.recipe.training.start_from is not None:
                 meter.start_s += self._validate(tracking)  # a stage that makes things worse must not be kept
@@ -258,15 +257,12 @@ class Loop:
         patience = self.recipe.training.patience
         return patience is not None and self.state.stale_validations >= patience
 
-    def _log_training(self, meter: Meter, tracking: Tracking, progress: Any) -> None:
+    def _log_training(self, meter: Meter, tracking: Tracking, progress: Progress) -> None:
         values = meter.read(self.accelerator)
         values["lr"] = max(group["lr"] for group in self.optimizer.param_groups)
         values["epoch"] = self.state.step / self.plan.steps_per_epoch
         tracking.log(values, self.state.step, group="train")
-        progress.set_postfix_str(
-            f"loss {values['loss']:.3f}, {values['captions_per_second']:.0f} captions/s, "
-            f"data wait {values['data_wait']:.0%}"
-        )
+        progress.report(values, self.recipe.training.epochs)
 
     def _validate(self, tracking: Tracking) -> float:
         with self.average.applied() if self.average is not None else nullcontext():

@@ -80,7 +80,7 @@ def test_a_signal_saves_a_checkpoint(long_run: Run, number: signal.Signals, code
     returned, error = long_run.finish()
     assert returned == code, error[-3000:]
     last = error.splitlines()[-1]
-    step = re.search(r"stopped by signal \d+ after step (\d+); checkpoint saved", last)
+    step = re.search(r"stopped by .* \(signal \d+\) after step (\d+); checkpoint saved", last)
     assert step, error[-3000:]
     assert "Traceback" not in error
     checkpoint = long_run.folder / "checkpoints" / f"step_{int(step[1]):08d}"

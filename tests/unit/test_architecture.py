@@ -15,9 +15,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "capdist"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
-    ("errors", "files", "version"), ("recipe",), ("text",), ("data",), ("models",), ("decoding",), ("metrics",),
-    ("model_folder",), ("inference",), ("distributed",), ("features",), ("evaluation",), ("training",), ("benchmark",),
-    ("arguments", "train_options"), ("train",), ("commands",), ("cli", "__main__"),
+    ("errors", "files", "version", "console", "progress"), ("recipe",), ("text",), ("data",), ("models",),
+    ("decoding",), ("metrics",), ("model_folder",), ("inference",), ("distributed",), ("features",), ("evaluation",),
+    ("training",), ("benchmark",), ("arguments", "train_options"), ("train",), ("commands",), ("cli", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
