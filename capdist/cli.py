@@ -225,7 +225,7 @@ def check(
     """Read every caption and photo of a recipe; list every problem. The exit code is 3 if there is one."""
     from capdist.commands.check import check_recipe
     from capdist.recipe.reading import load_stages
-    from capdist.training.setup import check_networks
+    from capdist.training.start import check_networks
 
     set_up_logging(quiet=quiet)
     stages = load_stages(config, overrides or ())

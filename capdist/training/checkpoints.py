@@ -21,7 +21,6 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from capdist.distributed.launch import Accelerator, on_main
 from capdist.errors import CheckpointError, reason_of
 from capdist.files import staged_folder
 from capdist.model_folder import sha256
@@ -164,19 +163,6 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
             *damages, f"{folder}: no checkpoint is whole; restore one, or start anew without --resume"
         )
     return None
-
-
-def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """Return the checkpoint from which the run of a recipe goes on, or None if there never was one; on all processes.
-
-    Raises:
-        CheckpointError: as `newest_checkpoint`.
-    """
-    folder = recipe.run_folder / "checkpoints"
-    path = on_main(accelerator, lambda: newest_checkpoint(folder, logger.warning))
-    if path is None:
-        logger.info(f"no checkpoint in {folder} yet: starting from the beginning")
-    return path
 
 
 def find_damage(checkpoint: Path) -> str | None:

@@ -8,7 +8,7 @@ import pytest
 
 from capdist.errors import UsageError
 from capdist.recipe.reading import load_recipe, load_stages, save_recipe
-from capdist.training.setup import check_networks
+from capdist.training.start import check_networks
 
 RECIPE = """
 run:

@@ -218,7 +218,7 @@ def test_a_stopped_pass_goes_on_where_it_was(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         _signal_at_batch(patch, number, batch=2)
-        with pytest.raises(Stopped, match=rf"signal {int(number)} .*are kept, and the same command goes on") as caught:
+        with pytest.raises(Stopped, match=rf"signal {int(number)}\\) .*are kept, and the same command goes on") as caught:
             _encode(_recipe(arguments), "train", "validation")
     assert caught.value.exit_code == 128 + number
     (folder,) = _stores(tmp_path)

@@ -16,7 +16,8 @@ from capdist.models.caption_model import CaptionModel, build_model
 from capdist.recipe.reading import save_recipe
 from capdist.recipe.sections import EncoderSection, Recipe, SearchSettings, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.setup import build_network, refuse_to_skip, start_from
+from capdist.training.run import refuse_to_skip
+from capdist.training.start import build_network, start_from
 from tests.conftest import reset_accelerate
 
 WORDS = Vocabulary(["dog", "cat"])

@@ -18,10 +18,11 @@ from capdist.evaluation import report
 from capdist.recipe.reading import load_recipe, load_stages
 from capdist.train import train
 from capdist.training.loop import Loop
+from capdist.training.validation import Validation
 from tests.conftest import draw_photos, reset_accelerate
 from tests.processes import SMALL
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture
@@ -214,14 +215,14 @@ def test_no_model_is_kept_without_the_checkpoint_of_its_step(  # type: ignore[no
 def test_a_signal_after_the_last_step_ends_the_program(  # type: ignore[no-untyped-def]
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validate = Loop._validate
+    validate = Validation.__call__
 
-    def validate_and_hear(loop: Loop, *rest: Any) -> float:
+    def validate_and_hear(validation: Validation, *rest: Any) -> float:
         signal.raise_signal(signal.SIGTERM)
-        return validate(loop, *rest)
+        return validate(validation, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_validate", validate_and_hear)
+        patch.setattr(Validation, "__call__", validate_and_hear)
         with pytest.raises(Stopped, match="after the last step; all is saved") as stopped:
             run("run", "training.max_steps=1")
     assert stopped.value.exit_code == 128 + signal.SIGTERM
