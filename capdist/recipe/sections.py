@@ -145,7 +145,7 @@ class EncoderSection(Section):
     """A torchvision ResNet (`resnet18` to `resnet152`, `resnext…`, `wide_resnet…`) or `timm/<name>`."""
     weights: Annotated[Name, PLACE] = "DEFAULT"
     """`DEFAULT` or a torchvision weights name (downloaded), a local `.pth` or `.safetensors` file, or `none`."""
-    stage: Annotated[Name | None, LAYERS] = None
+    last_block: Annotated[Name | None, LAYERS] = None
     """Last block of the network that is used, such as `layer3` or `blocks.6`; null = all of them."""
     grid: Annotated[GridSide | None, LAYERS] = None
     """Average-pool the feature map to this many cells a side (14 as published); null = as it comes."""
@@ -163,6 +163,8 @@ class EncoderSection(Section):
     precision: Annotated[Literal["auto", "inherit", "no", "bf16"], PER_STAGE] = "auto"
     """Arithmetic of a frozen encoder's pass: `auto` = bf16 where the processor has units for it, else float32;
     `inherit` = as training.mixed_precision took effect."""
+    batch_size: Annotated[Positive, FREE] = 64
+    """Images that one process encodes at once for the cache."""
     compile: Annotated[Literal["auto", "on", "off"], FREE] = "auto"
     """Whether the encoder that fills the cache is compiled: `auto` = once it is clear that a quarter of an hour of
     encoding remains."""
@@ -264,7 +266,7 @@ AnyDecoderSection = Annotated[SerializeAsAny[DecoderSection], BeforeValidator(_c
 class TrainingSection(Section):
     """How the weights change."""
 
-    stage: Annotated[Literal["cross_entropy", "scst"], PER_STAGE] = "cross_entropy"
+    objective: Annotated[Literal["cross_entropy", "scst"], PER_STAGE] = "cross_entropy"
     """`cross_entropy` learns the captions of people word by word; `scst` (self-critical sequence training, Rennie et
     al. 2017) samples captions and learns from their scores, without dropout, see section `scst`."""
     # A resumed run starts from its checkpoint, not from here.
@@ -315,7 +317,7 @@ class TrainingSection(Section):
 
 
 class ScstSection(Section):
-    """Self-critical training, `training.stage=scst`."""
+    """Self-critical training, `training.objective=scst`."""
 
     samples: Annotated[int, Field(ge=1, le=64), PER_STAGE] = 5
     """Captions drawn of each image in a step."""
@@ -403,7 +405,7 @@ class EvaluationSection(SearchSettings):
     every_epochs: Annotated[Positive, FREE] = 1
     """Epochs between two validations; the last epoch always ends with one."""
     batch_size: Annotated[Positive, FREE] = 64
-    """Images that one process captions, or encodes for the cache, at once."""
+    """Images that one process captions at once."""
     select_by: Annotated[Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"], PER_STAGE] = "cider"
     """Validation metric that decides which model is the best."""
     halve_validation: Annotated[bool, FIXED] = False
@@ -487,7 +489,7 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[Mistake]:
             "one sample has no others to be compared with",
             "take 2 or more, or scst.baseline=greedy",
         )
-    if recipe.training.stage == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
+    if recipe.training.objective == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
         yield Mistake("encoder.batch_norm", "scst learns with the statistics that it samples with", "set frozen")
     yield from start_in_own_folder(recipe)
     if scst.cider_weight == scst.bleu_weight == 0:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from capdist.errors import CheckpointError, reason_of
 from capdist.files import staged_folder
 from capdist.model_folder import sha256
+from capdist.recipe.old_names import rename_old_keys
 from capdist.recipe.sections import FIXED, Key, Recipe, rules_of, section_class
 from capdist.training.averaging import WeightAverage
 
@@ -192,8 +193,9 @@ def read_state(checkpoint: Path) -> tuple[TrainState, Identity]:
     """
     try:
         values = json.loads((checkpoint / STATE).read_text())
-        return TrainState(**values["state"]), Identity(**values["identity"])
-    except (ValueError, KeyError, TypeError) as error:
+        recipe, _ = rename_old_keys(values["identity"]["recipe"])
+        return TrainState(**values["state"]), Identity(**values["identity"] | {"recipe": recipe})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint / STATE}: not a state of this version of capdist ({error})") from None
 
 

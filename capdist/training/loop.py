@@ -106,7 +106,7 @@ class Loop:
         self.average = WeightAverage(self.unwrapped, decay) if (decay := recipe.training.ema_decay) else None
         choosing = None if data.choosing is None else sources[data.choosing.name]
         self.validate = Validation(run, data, self.unwrapped, preprocessing, choosing, evaluator, self.average)
-        kind, source = OBJECTIVES[recipe.training.stage], sources["train"]
+        kind, source = OBJECTIVES[recipe.training.objective], sources["train"]
         self.objective = kind.build(recipe, data, self.unwrapped, source, accelerator)
         self.step = TrainStep(accelerator, model, optimizer, recipe, source, self.objective)
         self.plan = Plan.build(

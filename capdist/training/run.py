@@ -21,6 +21,7 @@ from capdist.errors import CheckpointError, UsageError
 from capdist.features.store import weights_digest
 from capdist.models.caption_model import CaptionModel
 from capdist.recipe.advice import advise
+from capdist.recipe.old_names import rename_old_keys
 from capdist.recipe.sections import Recipe
 from capdist.training import OBJECTIVES
 from capdist.training.checkpoints import (
@@ -109,7 +110,7 @@ class Run:
         recipe, accelerator = self.recipe, self.accelerator
         for note in data.notes:
             logger.warning(f"data: {note}")
-        objective = OBJECTIVES[recipe.training.stage]
+        objective = OBJECTIVES[recipe.training.objective]
         for note in (*advise(recipe, has_validation=data.choosing is not None), *objective.advise(recipe)):
             logger.warning(f"recipe: {note}")
         images = ", ".join(f"{len(split.image_ids):,} {name}" for name, split in data.splits.items())
@@ -196,7 +197,7 @@ def _saved_recipe(path: Path) -> dict[str, dict[str, Any]] | None:
     except (yaml.YAMLError, ValueError):
         return None
     sound = isinstance(values, dict) and all(isinstance(keys, dict) for keys in values.values())
-    return values if values and sound else None
+    return rename_old_keys(values)[0] if values and sound else None
 
 
 def _find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:

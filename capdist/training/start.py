@@ -63,7 +63,7 @@ def build_network(recipe: Recipe, vocabulary: Vocabulary, checkpoint: Path | Non
     )
     if folder is not None and checkpoint is None:
         start_from(folder, model, vocabulary, recipe)
-    objective = OBJECTIVES[recipe.training.stage]
+    objective = OBJECTIVES[recipe.training.objective]
     objective.add_layers(model, recipe)
     if checkpoint is None:
         objective.change_start(model, recipe)

@@ -44,7 +44,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     return train_run
 
 
-SCST = ("training.stage=scst", "training.max_steps=2")
+SCST = ("training.objective=scst", "training.max_steps=2")
 
 
 def test_a_run_that_trains_its_encoder_averages_and_goes_on(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -93,7 +93,7 @@ def test_a_start_that_is_never_surpassed_stays_the_best(run) -> None:  # type: i
 
 def test_a_finished_stage_is_left_alone(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("stages:\n  a:\n  b:\n    training: {stage: scst}\n")
+    recipe.write_text("stages:\n  a:\n  b:\n    training: {objective: scst}\n")
     run("run", "training.max_steps=1", recipe=recipe)
     shutil.rmtree(tmp_path / "run-a" / "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run-a").rglob("*")}
