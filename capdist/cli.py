@@ -77,7 +77,7 @@ def _search_options() -> Iterator[inspect.Parameter]:
     """Yield the option of each search setting: its type, bounds and meaning."""
     for name, schema in SearchSettings.model_json_schema()["properties"].items():
         number, *null = schema.get("anyOf", [schema])
-        none = " 0 = null." if null else ""
+        none = " Here 0 means null." if null else ""
         option = typer.Option(
             min=number.get("minimum", number.get("exclusiveMinimum")),
             max=number.get("maximum"),
