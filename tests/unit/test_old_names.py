@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate import Accelerator
-from capdist.training.setup import refuse_to_skip
 
 from capdist.errors import CheckpointError, UsageError
 from capdist.features.filling import _named_as_ever
@@ -19,6 +18,7 @@ from capdist.recipe.old_names import rename_old_keys
 from capdist.recipe.reading import load_recipe, load_stages, recipe_from_dict, save_recipe
 from capdist.recipe.sections import EncoderSection, Recipe
 from capdist.training.checkpoints import Identity, TrainState, check_identity, read_state
+from capdist.training.run import refuse_to_skip
 from tests.conftest import reset_accelerate
 
 OLD = """\
