@@ -1,7 +1,7 @@
 """A fast encoder for many photos, without gradients. It fills the feature cache, where each photo is encoded once.
 
 The plain form is `encoder.eval()(pixel_values)`. The features are the same up to rounding.
-This module does the encoding. `capdist.training.compiling` decides when compiling the network is worth its time.
+This module does the encoding. `capdist.features.compiling` decides when compiling the network is worth its time.
 
 Shapes: B images, H and W pixels, N cells of the grid, C channels.
 """
