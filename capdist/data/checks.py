@@ -34,11 +34,10 @@ class Report:
         problems: What must be fixed. Photos that cannot be read and photos that are in two splits have one line each;
             after ten of a kind follows their number. Missing photos that captions name share one line; training leaves
             them out.
-        warnings: What is worth a
-        look: photos that are twice in one split, images with fewer captions than most, and the other notes of the
-            source.
-        statistics: Holds for each split `images`, `captions`, `captions_per_image` (mean), and `words_mean`, `words_p95` and
-            `words_max`. The last three count words per caption, split at white space.
+        warnings: What is worth a look: photos that are twice in one split, images with fewer captions than most, and
+            the other notes of the source.
+        statistics: Holds for each split `images`, `captions`, `captions_per_image` (mean), and `words_mean`,
+            `words_p95` and `words_max`. The last three count words per caption, split at white space.
     """
 
     problems: tuple[str, ...]

@@ -168,7 +168,7 @@ def _by_split(
 
 
 def _assemble(rows: Dataset, images: list[_Image]) -> Dataset:
-    """Put ids and captions beside the images, which are not moved (from the disk, if they are there)."""
+    """Put ids and captions beside the images, which stay where they are, on disk or in memory."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     words = Dataset.from_dict(
