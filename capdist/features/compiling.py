@@ -1,4 +1,4 @@
-"""When to compile the encoder: tens of seconds that have to be won back."""
+"""Decides when to compile the encoder: it takes tens of seconds, so it pays only for long encoder passes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from capdist.features.encoder_pass import EncoderPass
 logger = logging.getLogger(__name__)
 
 WORTH_IT_S = 900.0
-"""Seconds of encoding that must remain: compiling costs some tens. What it wins: `docs/performance.md`."""
+"""Seconds of encoding that must remain: compiling takes some tens. `docs/performance.md` says what it saves."""
 
 
 class CompilingEncoder:
-    """An encoder pass that compiles itself once it has seen how long it will take, and tells what that came to.
+    """An encoder pass that measures how long it will take, then compiles itself if that pays, and prints the result.
 
     Args:
-        encoder: Not compiled.
+        encoder: The pass to compile, which must not be compiled yet.
         mode: `auto`, `on` (with the first batch) or `off`, as `encoder.compile` of a recipe.
     """
 
     def __init__(self, encoder: EncoderPass, mode: str) -> None:
         self.encoder, self.mode = encoder, mode
         self._called_s: float | None = None
-        self._per_photo_s: list[float] = []  # from call to call: reading photos and keeping features are part of it
+        self._per_photo_s: list[float] = []  # from call to call, with reading photos and storing features
         self._before_s: float | None = None
 
     def __call__(self, pixel_values: Tensor, remaining: int) -> Tensor:
@@ -34,7 +34,7 @@ class CompilingEncoder:
 
         Args:
             pixel_values: All batches but the last of a split are of one size.
-            remaining: Photos that this process still has to encode, with these.
+            remaining: Photos that this process still has to encode, including these.
         """
         now = time.perf_counter()
         if self._called_s is not None:

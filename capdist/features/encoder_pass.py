@@ -18,7 +18,7 @@ from capdist.models.fast.norm_folding import fold_norms
 from capdist.recipe.sections import EncoderSection
 
 Precision = Literal["no", "bf16", "fp16"]
-"""Arithmetic of products, under the names that accelerate gives them; `no` is that of the weights."""
+"""Precision of matrix products, by accelerate's names; `no` is the precision of the weights."""
 
 _AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,15 +26,15 @@ _AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float
 class EncoderPass:
     """A copy of an encoder in evaluation mode, made fast: BatchNorm folded into convolutions, channels last.
 
-    The copy keeps the weights of the moment; make a new one when they have changed.
+    The copy does not follow later changes of the weights; make a new one when they have changed.
 
     Args:
-        encoder: Stays as it is.
-        precision: Of the copy's arithmetic, whatever autocast is in force around it.
+        encoder: Encoder to copy; it is not changed.
+        precision: Sets the copy's arithmetic, also where the caller uses another autocast.
     """
 
     def __init__(self, encoder: Encoder, precision: Precision = "no") -> None:
-        # Tensors of inference mode are of another kind, and would later be compiled for anew.
+        # Tensors made in inference mode are of another kind and would need another compilation later.
         with torch.inference_mode(False), torch.no_grad():
             network = copy.deepcopy(encoder).requires_grad_(False).eval()
             fold_norms(network.network)
@@ -50,26 +50,27 @@ class EncoderPass:
         with torch.inference_mode(False), torch.no_grad(), self._autocast(pixel_values.device.type):
             if self._compiled is None or not fits:
                 return self._network(pixel_values)
-            # A smaller batch would be compiled for anew; filled up, it is not.
+            # A smaller batch would need another compilation, so it is filled up.
             full = pixel_values.new_zeros(self._shape)
             full[:count] = pixel_values
             return self._compiled(full)[:count]
 
     def compile(self, pixel_values: Tensor) -> str | None:
-        """Compile for batches of this size or less; other sizes go on as before. It takes tens of seconds.
+        """Compile for batches of this size or less, which takes tens of seconds; larger batches are not compiled.
 
         Args:
             pixel_values: (B, 3, H, W), a batch of the size.
 
         Returns:
-            None, or in one line why it was not possible, in which case all goes on as before: there may be no compiler.
+            None, or in one line why it failed, for example without a compiler. Then the network that is not compiled
+            goes on.
         """
         self._shape = pixel_values.shape
         try:
             from torch._inductor import config
 
             self._compiled = torch.compile(self._network, dynamic=False, fullgraph=True)
-            # It is read while the first batch passes, in more places than `options` of `torch.compile` reach.
+            # Torch reads this setting during the first batch, in more places than `options` of `torch.compile` reach.
             with config.patch(freezing=True):
                 self(pixel_values)
         except Exception as error:  # the compilers' errors have no common class
@@ -85,9 +86,9 @@ def encoder_precision(encoder: EncoderSection, device: torch.device, mixed_preci
     """Return the arithmetic of a frozen encoder's pass.
 
     Args:
-        encoder: Of the recipe.
-        device: Of the encoder.
-        mixed_precision: Of training as it took effect.
+        encoder: Gives `precision`, the recipe's choice.
+        device: Where the encoder runs.
+        mixed_precision: Precision that training uses, after the launcher's settings.
     """
     if encoder.precision == "auto":
         return "bf16" if has_fast_bfloat16(device) else "no"
@@ -96,7 +97,7 @@ def encoder_precision(encoder: EncoderSection, device: torch.device, mixed_preci
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Return whether a processor has units for bfloat16; one without emulates it, many times slower than float32."""
+    """Return whether a processor has units for bfloat16; without them it is many times slower than float32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)

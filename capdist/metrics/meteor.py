@@ -1,8 +1,9 @@
 """METEOR 1.5, the only metric that needs Java. It may be missing or fail, but it never hangs.
 
-`pycocoevalcap` talks to the METEOR jar over pipes, and four things can go wrong. If Java dies, it waits endlessly for its own lock.
-With a German locale Java writes `0,5`, which it cannot read as a number. An ASCII locale spoils accents, and a full
-error pipe stops both sides. This module therefore starts the process itself, with a fixed locale, and always ends it.
+`pycocoevalcap` talks to the METEOR jar over pipes, and four things can go wrong. If Java dies, it waits endlessly for
+its own lock. With a German locale Java writes `0,5`, which it cannot read as a number. An ASCII locale spoils accents,
+and a full error pipe stops both sides. This module therefore starts the process itself, with a fixed locale, and always
+ends it.
 """
 
 from __future__ import annotations
