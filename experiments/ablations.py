@@ -1,13 +1,13 @@
-"""What an option is worth: train every row of a file of rows with several seeds, and print the table.
+"""Measure what options are worth: train every row of a file with several seeds, and print the table.
 
     python experiments/ablations.py ROWS [section.key=value …] --config RECIPE [--seeds 0 1 2] [--jobs 2]
     python experiments/ablations.py ROWS --table
 
-The files are `experiments/rows/*.yaml`, one for each stage of training; each begins with its command. In overrides
-`{seed}` stands for the seed, so that each seed of a stage starts from its own model of the stage before.
-Seed by seed, so that at any time all rows have about as many. It can be stopped: what is finished is not trained again,
-and what was cut off goes on from its last checkpoint. Epochs are chosen on `dev-choose`, the table is of `dev-report`,
-whether or not the data set has a test split.
+The files are `experiments/rows/*.yaml`, one for each stage of training; each begins with its command. Overrides may
+contain `{seed}`, so that each seed of a stage starts from its own model of the stage before. Runs go seed by seed, so
+that at any time all rows have nearly the same number of seeds. The program can be stopped: finished runs are not
+trained again, and interrupted ones continue from their last checkpoint. Epochs are chosen on `dev-choose`, and the
+table shows `dev-report`, whether or not the data set has a test split.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ METRICS = ("bleu_1", "bleu_4", "cider")
 
 
 def scores_of(folder: Path) -> dict[str, Any] | None:
-    """Return what a run that is over scored on `dev-report`."""
+    """Return the scores of a finished run on `dev-report`, or None."""
     scores = folder / "dev-report.json"
     return json.loads(scores.read_text(encoding="utf-8"))["metrics"] if scores.exists() else None
 
 
 def check_settings(folder: Path, expected: Recipe) -> None:
-    """Refuse to take a run for one of another recipe.
+    """Refuse a run that another recipe trained.
 
     Args:
-        folder: Of a run that is over.
+        folder: Folder that a finished run has written.
         expected: What it should have trained, apart from its seed, its folder and its start.
 
     Raises:
@@ -81,7 +81,7 @@ def settings_of(changes: Sequence[str], seed: int, arguments: argparse.Namespace
 
 
 def check_plan(rows: Mapping[str, Sequence[str]], arguments: argparse.Namespace) -> None:
-    """Find what is wrong before anything is trained.
+    """Check all rows before anything is trained.
 
     Raises:
         UsageError: an impossible recipe, or a folder of another one.
@@ -96,7 +96,7 @@ def check_plan(rows: Mapping[str, Sequence[str]], arguments: argparse.Namespace)
 
 
 def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Namespace) -> bool:
-    """Train one row with one seed, or what is left of it, and score it; a file beside its folder gets the output.
+    """Train one row with one seed, or the rest of it, and score it; the output goes into a file beside its folder.
 
     Returns:
         Whether it has a score now.
@@ -128,13 +128,13 @@ def train(row: str, changes: Sequence[str], seed: int, arguments: argparse.Names
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Return `.1234 ± .0012`, the deviation of the sample; a value by itself has none."""
+    """Return `.1234 ± .0012`, with the deviation of the sample; a single value has none."""
     mean = f"{statistics.mean(values):.4f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.4f}"
 
 
 def table(rows: Mapping[str, Sequence[str]], output: Path, seeds: Sequence[int]) -> str:
-    """Return the table of what is there.
+    """Return the table of the runs that are finished.
 
     Raises:
         UsageError: if runs differ by more than their rows say.

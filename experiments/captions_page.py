@@ -3,7 +3,8 @@
     capdist evaluate MODEL --source flickr8k --path FOLDER --split dev-report --output scores.json
     python experiments/captions_page.py scores.json > docs/captions.md
 
-It holds what the model said and names the photos; the photos and the captions of people stay with their owners.
+The page has the model's captions and the names of the photos. It leaves out the photos and the captions of people,
+which belong to their owners.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python experiments/growth.py --output docs/growth
 
-Each measurement is a process of its own (made-up features, captions of Flickr8k's lengths, 512 hidden, 2,500 words).
-They take turns, several times over, so that whatever else the machine is doing meets all of them alike. Writes
+Each measurement has its own process, with made-up features, captions of Flickr8k's lengths, 512 hidden units and 2,500
+words. They take turns several times, so that other work on the machine slows all of them alike. The program writes
 `growth.json` and `growth.png`, and prints the table of `docs/performance.md`.
 """
 
@@ -88,7 +88,7 @@ def run(point: dict[str, Any], steps: int) -> dict[str, float]:
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", str(processes)]
     command += ["--multi_gpu"] if processes > 1 else ["--num_machines", "1", "--mixed_precision", "no"]
     batch_size = point.get("batch_size", FULL)
-    # As many captions a point: a step of a small batch is soon over.
+    # Each point takes about the same number of captions, since a step of a small batch is short.
     steps = max(3, steps * FULL // (batch_size * processes))
     arguments = [str(point["images"]), str(batch_size), str(point.get("threads", 2)), str(steps)]
     root = str(Path(__file__).resolve().parents[1])

@@ -1,10 +1,10 @@
-"""Which search captions best: beams, length normalisation, repetition, consensus; chosen on one half of dev.
+"""Find the best search: beams, length normalisation, repeated n-grams, consensus; chosen on one half of dev.
 
     python experiments/search_grid.py MODEL --path /where/flickr8k/is
 
-Every search captions `dev-choose`. The best by CIDEr, and the search the model was validated with, then caption
-`dev-report`, on which nothing is chosen, if the model's epoch was not either (`evaluation.halve_validation=true`).
-Prints the rows of `docs/results.md`.
+Every search captions `dev-choose`. The best by CIDEr, and the search that the model was validated with, then caption
+`dev-report`. That half is held out if the model's epoch was not chosen on it either
+(`evaluation.halve_validation=true`). The program prints the rows of `docs/results.md`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Bench:
 
 
 def grid(own: SearchSettings, asked: argparse.Namespace) -> list[SearchSettings]:
-    """Return the searches to try, the model's own first, without those in which a setting does nothing."""
+    """Return the searches to try, the model's own first, without those that have a setting without effect."""
     values = product(*(getattr(asked, name) for name in TRIED))
     tried = (own.changed(**dict(zip(TRIED, one, strict=True))) for one in values)
     return list(dict.fromkeys([own, *(search for search in tried if not search.idle())]))

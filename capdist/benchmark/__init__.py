@@ -1,1 +1,1 @@
-"""How fast capdist is, side by side with the textbook and with what the device can do: `capdist benchmark`."""
+"""`capdist benchmark`: how fast capdist is, beside the textbook and the best that the device can do."""

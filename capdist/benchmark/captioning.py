@@ -1,4 +1,4 @@
-"""`caption`: beam search from cached features, next to the textbook's, one image at a time."""
+"""`caption`: beam search from cached features, beside the textbook's, which takes one image at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from capdist.model_folder import load_pretrained, search_options
 from capdist.text.vocabulary import Vocabulary
 
 MADE_UP_LENGTH = 11
-"""Words of a caption of the network with random weights: the mean of Flickr8k's."""
+"""Words in each caption that random weights write: the mean of Flickr8k's captions."""
 
 
 def caption(
@@ -33,12 +33,12 @@ def caption(
 
     Args:
         work: What is measured.
-        num_images: Images of capdist's search.
-        num_plain: Images of the textbook's, the first of those; 0 leaves it out.
-        model: Model folder of a trained captioner, which then captions the validation split of the recipe's source;
-            None = random weights over made-up features, captions of 11 words.
-        repeats: Timed calls of each.
-        trace: File for a profile, or None.
+        num_images: How many images capdist captions.
+        num_plain: How many of them, the first, the textbook captions; 0 leaves it out.
+        model: Model folder of a trained captioner, which captions the validation split of the recipe's source. None =
+            random weights over made-up features, with captions of 11 words.
+        repeats: How often each contestant is timed.
+        trace: File that the profile is written to; None = no profile.
     """
     work, features, options = _made_up(work, num_images) if model is None else _trained(work, model, num_images)
     options = options.plain()
@@ -86,7 +86,7 @@ def _captions(network: Any, features: Tensor, options: SearchOptions) -> list[tu
 
 
 def _as_textbook(work: Workload, features: Tensor) -> Tensor:
-    """Return one image's features as the textbook has them, (1, 196, C): projected, and pooled up to 14x14."""
+    """Return the features of one image for the textbook, (1, 196, C): projected, and pooled up to 14x14."""
     side = round(len(features) ** 0.5)
     projected = work.model.projection(features)
     grid = projected.T.unflatten(1, (side, side))[None]
@@ -111,14 +111,14 @@ def _made_up(work: Workload, num_images: int) -> tuple[Workload, Tensor, SearchO
         bos_id=Vocabulary.bos_id, eos_id=Vocabulary.eos_id, pad_id=Vocabulary.pad_id, suppressed_ids=(0, 1, 3),
         beam_size=work.recipe.evaluation.beam_size, max_length=20, min_length=MADE_UP_LENGTH,
     )  # fmt: skip
-    with torch.no_grad():  # random weights never end a caption by themselves
+    with torch.no_grad():  # random weights alone never end a caption
         work.model.decoder.head.bias[Vocabulary.eos_id] += 20
     return work, features, options
 
 
 def _trained(work: Workload, folder: Path, num_images: int) -> tuple[Workload, Tensor, SearchOptions]:
     trained = load_pretrained(folder)
-    # Their features are in the cache if the model was trained by this recipe.
+    # The features are in the cache if this recipe trained the model.
     recipe = work.recipe.model_copy(update={"encoder": trained.encoder.model_copy(update={"cache": "auto"})})
     model = trained.model.to(work.accelerator.device)
     split = get_split(read_source(recipe.data), "validation")

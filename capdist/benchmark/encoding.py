@@ -1,4 +1,4 @@
-"""`encode` and `input`: from JPEG files to features, and only to tensors."""
+"""`encode` times the way from JPEG files to features, and `input` the way to tensors alone."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from capdist.models.encoder import build_backbone
 
 
 def encode(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool) -> Table:
-    """Time the encoder pass from files, next to the bare network on tensors in memory and to a plain loop.
+    """Time the encoder pass from files, beside the network alone on tensors in memory, and beside a plain loop.
 
-    A run compiles its encoder only where minutes of encoding remain; the time that takes is told apart.
+    A run compiles its encoder only where minutes of encoding remain, so the time of compiling is reported separately.
     """
     recipe, device = work.recipe, work.accelerator.device
     precision = encoder_precision(recipe.encoder, device, work.accelerator.mixed_precision)
@@ -68,7 +68,7 @@ def encode(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool
 
 
 def load_input(work: Workload, *, num_photos: int, repeats: int, with_textbook: bool) -> Table:
-    """Time reading, decoding and resizing alone, as capdist's and the textbook's loaders do it."""
+    """Time only reading, decoding and resizing, as the loaders of capdist and of the textbook do it."""
     with _photos(work, num_photos) as (photos, origin):
         loader = _plain_loader(work, photos)
         functions: dict[str, Callable[[], object]] = {"textbook": lambda: list(loader)} if with_textbook else {}
@@ -81,10 +81,10 @@ def load_input(work: Workload, *, num_photos: int, repeats: int, with_textbook: 
 
 @contextmanager
 def _photos(work: Workload, count: int) -> Iterator[tuple[Sequence[dict[str, Any]], str]]:
-    """Give training photos of data.path, or made-up ones if the recipe names none, and say which.
+    """Yield training photos of `data.path`, or made-up ones if the recipe names none, and which of the two they are.
 
     Yields:
-        Rows of an image column, and whose photos they are.
+        Rows of an image column, and a text that says where the photos come from.
 
     Raises:
         DataError, UsageError, StorageError: as `load_source`.

@@ -1,4 +1,4 @@
-"""Times of functions that run in turns, so that whatever else the machine is doing meets all of them alike."""
+"""Times functions that run in turns, so that other work on the machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = (
     ("moving and clearing memory", ("copy_", "fill_", "zero_", "cat", "index", "index_put_", "_index_put_impl_",
                                     "index_copy_", "index_add_", "index_select", "gather")),
 )  # fmt: skip
-"""Where the time of a step may go, by the operators of torch that belong there; the rest is `other operators`."""
+"""Kinds of work in a step, and the torch operators of each; all other operators are `other operators`."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Timing:
     """How long a function took.
 
     Attributes:
-        seconds: Of each call, in their order.
-        flops: Floating point operations of matrix products and convolutions in one call.
+        seconds: How long each call took, in their order.
+        flops: Number of floating point operations in the matrix products and convolutions of one call.
     """
 
     seconds: tuple[float, ...]
@@ -53,10 +53,11 @@ def time_in_turns(
     """Call each function once to warm up and to count its work, then all of them in turns.
 
     Args:
-        functions: By name; one call of each should take about as long as one of the others.
-        repeats: Timed calls of each.
-        device: Waited for before each reading of the clock.
-        flops: Of functions whose work is known, or cannot be counted because they are compiled.
+        functions: Functions to time, by name; one call of each should take about as long as one of the others.
+        repeats: How often each function is timed.
+        device: Must finish its work before each reading of the clock.
+        flops: Operations of one call, for functions whose work is known, or cannot be counted because they are
+            compiled.
     """
     known = dict(flops or {})
     for name, function in functions.items():
@@ -81,8 +82,8 @@ def time_once(function: Callable[[], object], device: torch.device) -> float:
 
 
 def count_flops(function: Callable[[], object], calls: int = 1) -> float:
-    """Return the floating point operations of the matrix products and convolutions of a call, the mean of some."""
-    # torch does not count products with a vector by itself.
+    """Return the floating point operations in the matrix products and convolutions of a call, the mean of `calls`."""
+    # torch does not count products with a vector.
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mv: _count_mv}) as counter:
         for _ in range(calls):
             function()
@@ -94,12 +95,12 @@ def _count_mv(matrix: torch.Size, vector: torch.Size, *_: object, **__: object) 
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """Return a product of square matrices: what the device can do at best, the ceiling of everything else."""
+    """Return a function that multiplies square matrices: the fastest work of a device, a ceiling for all other work."""
     side = 2048 if device.type == "cpu" else 8192
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
     def multiply() -> None:
-        for _ in range(2):  # so that it takes no less time than a reading of the clock
+        for _ in range(2):  # so that it takes longer than a reading of the clock
             torch.mm(left, right)
 
     return multiply
@@ -110,8 +111,8 @@ def shares_of_time(function: Callable[[], object], device: torch.device, trace: 
 
     Args:
         function: Called once to warm up, and once to measure.
-        device: A GPU's kernels are counted, not the launching of them; they may sum to less than the time.
-        trace: File for the trace, to be read by Perfetto or `chrome://tracing`.
+        device: On a GPU its kernels are counted, not their launches; they may sum to less than the time.
+        trace: File that the trace is written to; Perfetto or `chrome://tracing` can read it.
     """
     function()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]

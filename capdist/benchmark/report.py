@@ -1,4 +1,4 @@
-"""What was measured, as a table for people and as JSON for programs."""
+"""Results of benchmarks, as a table for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Row:
     Attributes:
         name: `textbook`, `capdist`, `matrix product` (the ceiling), or another.
         runs: Seconds of each timed call.
-        seconds: Of the whole: the median call times the number of calls.
-        units: Captions, photos… that the whole is worth, over all processes.
-        flops: Operations of one call in one process; None where nobody counted.
-        num_processes: That took part.
-        note: What else is to be known.
+        seconds: How long the whole takes: the median call times the number of calls.
+        units: How many captions or photos the whole is worth, over all processes.
+        flops: Number of operations of one call in one process; None if they were not counted.
+        num_processes: How many processes took part.
+        note: What a reader of the row should also know.
     """
 
     name: str
@@ -70,11 +70,11 @@ class Table:
     """One benchmark.
 
     Attributes:
-        name: Of the benchmark.
+        name: What the benchmark measures; the title of the printed table.
         unit: What `units` counts.
-        rows: Contestants.
+        rows: One for each contestant, in the order in which they are printed.
         shares: Share of time by kind of work, if it was profiled.
-        facts: Whatever else was found.
+        facts: What else was found, by name.
     """
 
     name: str

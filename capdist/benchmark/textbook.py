@@ -1,9 +1,11 @@
-"""The common implementation of Show, Attend and Tell, written plainly: the baseline of every ratio.
+"""The common implementation of Show, Attend and Tell, written simply: all ratios compare with it.
 
-This is how the captioners that are read and copied most go about it: photos decoded and normalised to float one by one,
-each with one caption, so that a photo with five captions is encoded five times; its feature map pooled up to 14x14;
-attention keys computed anew for every word; the vocabulary head at every step; search one image at a time in Python
-lists. It is correct, honest (free-running search, unique images) and the reference of the equality tests.
+It works like the captioners that are read and copied most. Photos are decoded and normalised to float one by one. Each
+comes with one caption, so a photo with five captions is encoded five times. Its feature map is pooled up to 14x14.
+Attention keys are computed again for every word, and the vocabulary head runs at every step. The search takes one image
+at a time, in Python lists.
+
+The implementation is correct and honest (free-running search, unique images), and equality tests compare with it.
 
 Shapes: B captions, each with a photo of its own, T words, N cells, C channels, H state width, V vocabulary.
 """
@@ -48,7 +50,7 @@ class Attention(nn.Module):
 
 
 class Decoder(nn.Module):
-    """LSTM decoder, one step after the other, with the head in each."""
+    """LSTM decoder that takes one step after the other, with the head in each."""
 
     def __init__(
         self,
@@ -89,7 +91,7 @@ class Decoder(nn.Module):
         """Return logits (B, T, V), zero behind the end of a caption, and the order of its rows: longest first.
 
         Args:
-            features: (B, N, C), a photo a caption.
+            features: (B, N, C), one photo for each caption.
             input_ids: (B, T), starting with `<bos>`.
             lengths: (B,) words to read of each caption, at least one.
         """
@@ -108,8 +110,8 @@ def caption_loss(decoder: Decoder, features: Tensor, input_ids: Tensor, labels: 
     """Return the sum of the cross-entropies of all words.
 
     Args:
-        decoder: The network.
-        features: (B, N, C), a photo a caption.
+        decoder: Network that reads the captions.
+        features: (B, N, C), one photo for each caption.
         input_ids: (B, T).
         labels: (B, T).
         lengths: (B,) words of each caption.
@@ -147,7 +149,7 @@ def train_step(
 
 
 class Encoder(nn.Module):
-    """A backbone whose feature map is pooled to 14x14 whatever its size."""
+    """A backbone whose feature map is pooled to 14x14 from any size."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -194,13 +196,13 @@ class Beam(NamedTuple):
 def beam_search(decoder: Decoder, features: Tensor, options: SearchOptions) -> tuple[list[int], float]:
     """Caption one image by the rule of `capdist.decoding.beam_search`.
 
-    At each step the first K of the ranked continuations may end, and the best K that do not end go on, until K captions
-    have ended and no beam is more probable than the worst of them.
+    At each step the first K of the ranked continuations may end, and the best K that do not end go on. The search stops
+    once K captions have ended and no beam is more probable than the worst of them.
 
     Args:
-        decoder: In evaluation mode.
+        decoder: Network that writes the caption; it must be in evaluation mode.
         features: (1, N, C).
-        options: Of the search; the length penalty is taken to be 0, and words may repeat.
+        options: Settings of the search. The length penalty is ignored (it counts as 0), and words may repeat.
 
     Returns:
         Words, without `<bos>` and `<eos>`, and log-probability of the best caption.
@@ -247,7 +249,7 @@ def decoder_like(fast: CapdistDecoder[Any], dropout: float = 0.0) -> Decoder:
         gate=fast.gate is not None,
     )
     state = {name: fast.state_dict()[own] for name, own in parameter_names(plain).items()}
-    # capdist has no bias here: the same number added to the score of every cell changes nothing.
+    # capdist has no bias here: adding the same number to the score of every cell changes nothing.
     state["attention.full_att.bias"] = torch.zeros(1)
     plain.load_state_dict(state)
     if fast.head.weight is fast.embedding.weight:

@@ -1,4 +1,4 @@
-"""`train-step` and `epoch`: decoder training from cached features, next to the textbook."""
+"""`train-step` and `epoch`: decoder training from cached features, beside the textbook."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from capdist.training.optimization import build_optimizer
 from capdist.training.step import TrainStep
 
 TEXTBOOK_BATCH = 32
-"""Captions of a batch, each with a photo of its own, as in the recipe that is usually published."""
+"""Captions in a batch of the textbook, each with its own photo, as in most published recipes."""
 
 DIFFERENT_BATCHES = 4
 
@@ -34,8 +34,8 @@ class Training:
 
     Args:
         work: What is measured.
-        folder: For the feature store.
-        num_images: Of the training split.
+        folder: Folder to which the made-up features are written.
+        num_images: How many images the made-up training split has.
     """
 
     def __init__(self, work: Workload, folder: Path, num_images: int) -> None:
@@ -129,7 +129,7 @@ def _textbook_step(work: Workload) -> Callable[[], object]:
 
 
 def epoch(work: Workload, *, num_images: int, repeats: int, with_textbook: bool) -> Table:
-    """Time one whole epoch with its loader, and reckon the textbook's from its steps."""
+    """Time one whole epoch with its loader, and estimate the textbook's from its steps."""
     device, num_processes = work.accelerator.device, work.accelerator.num_processes
     rows = []
     num_captions = float(num_images * 5)
@@ -153,12 +153,12 @@ def epoch(work: Workload, *, num_images: int, repeats: int, with_textbook: bool)
 
 
 def textbook_epoch(timing: Timing, num_captions: float, num_processes: int) -> Row:
-    """Reckon the textbook's epoch from its step, of which every process takes its share of the epoch's at once.
+    """Estimate the textbook's epoch from its step; the processes share the steps of the epoch evenly.
 
     Args:
-        timing: Of a step, taken by all processes at once.
-        num_captions: Of the epoch.
-        num_processes: That share them.
+        timing: How long a step takes when all processes take one at once.
+        num_captions: How many captions an epoch has.
+        num_processes: How many processes share the captions.
     """
     steps = num_captions / (TEXTBOOK_BATCH * num_processes)
     note = f"{steps:.0f} x its median step"

@@ -1,4 +1,4 @@
-"""What is measured: the sizes of a recipe, filled with made-up photos and captions of real lengths."""
+"""The work that is measured: sizes from a recipe, made-up photos, and captions with the lengths of real ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLICKR8K_LENGTHS = {
     14: 1848, 15: 1328, 16: 976, 17: 663, 18: 513, 19: 365, 20: 204, 21: 136, 22: 110, 23: 74, 24: 52, 25: 33, 26: 20,
     27: 11, 28: 7, 29: 9, 30: 4, 31: 3, 32: 1, 33: 2, 36: 1,
 }  # fmt: skip
-"""Captions of the 6,000 training photos of Flickr8k by their number of words, as `capdist.text` splits them."""
+"""How many captions of Flickr8k's 6,000 training photos have each number of words, as `capdist.text` splits them."""
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VOCABULARY_SIZE = 2500
@@ -37,11 +37,11 @@ class Workload:
 
     Attributes:
         recipe: Gives the sizes.
-        accelerator: Of the launch.
-        model: With random weights, on the device.
-        preprocessing: Of the model's encoder.
-        num_cells: N.
-        channels: Of the encoder.
+        accelerator: Gives the device and the precision, and the processes that take part.
+        model: Network with random weights; it is on the device.
+        preprocessing: Resizes and normalises photos as the model's encoder needs them.
+        num_cells: N, the number of cells of the encoder's grid.
+        channels: C, the number of channels of the encoder.
     """
 
     recipe: Recipe
@@ -75,7 +75,7 @@ class Workload:
 
 
 def made_up_captions(num_images: int, max_length: int) -> CaptionTable:
-    """Return captions of random words with the lengths of Flickr8k, five an image, cut as a recipe cuts them."""
+    """Return five captions of random words for each image, with Flickr8k's lengths, cut at `max_length` words."""
     generator = np.random.default_rng(0)
     lengths, counts = np.array(list(FLICKR8K_LENGTHS.items())).T
     words = generator.choice(lengths, p=counts / counts.sum(), size=num_images * CAPTIONS_OF_AN_IMAGE)
@@ -88,7 +88,7 @@ def made_up_captions(num_images: int, max_length: int) -> CaptionTable:
 
 
 def made_up_features(path: Path, num_images: int, num_cells: int, channels: int) -> NDArray[np.float16]:
-    """Write features as sparse and as large as those of a ResNet into a file, and map it."""
+    """Write features as sparse and as large as those of a ResNet into a file, and map it into memory."""
     shape = (num_images, num_cells, channels)
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     block = np.random.default_rng(0).normal(size=shape[1:]).clip(min=0).astype(np.float16)
@@ -100,7 +100,7 @@ def made_up_features(path: Path, num_images: int, num_cells: int, channels: int)
 
 
 def made_up_photos(folder: Path, count: int) -> list[Path]:
-    """Write JPEG photos of the size, and about the file size, of Flickr8k's."""
+    """Write JPEG photos with the size of Flickr8k's, and about their file size."""
     generator = np.random.default_rng(0)
     paths = [folder / f"{number:05d}.jpg" for number in range(count)]
     for path in paths:

@@ -27,7 +27,7 @@ NAMES = ("train-step", "encode", "caption", "input", "epoch")
 
 
 def load_sizes(config: str | None, overrides: Sequence[str]) -> Recipe:
-    """Read the recipe to be measured; without one, features of a ResNet-50 as they come, and the usual sizes.
+    """Read the recipe to measure; without one, take the features of a ResNet-50 unchanged, and default sizes.
 
     Raises:
         UsageError: as `load_recipe`.
@@ -53,15 +53,15 @@ def run_benchmarks(
     """Measure, print the tables and write them as JSON.
 
     Args:
-        names: Of `NAMES`, measured one after the other; none = all.
+        names: Benchmarks to run one after the other, from `NAMES`; none = all.
         recipe: Gives the sizes; its photos are used if `data.path` is given.
-        repeats: Timed calls of each contestant.
-        images: Photos, images or training images of a benchmark; None = a fitting number for each.
-        model: Trained model folder for `caption`.
+        repeats: How often each contestant is timed.
+        images: How many photos or images each benchmark takes; None = a suitable number for each.
+        model: Folder of a trained model that `caption` measures; None = random weights.
         with_textbook: Whether the textbook runs beside capdist.
-        textbook_images: Images that the textbook captions in `caption`; None = a twentieth of the images.
-        profile: Folder for traces, or None.
-        output: JSON file, or None.
+        textbook_images: How many images the textbook captions in `caption`; None = a twentieth of the images.
+        profile: Folder that traces are written to; None = no traces.
+        output: JSON file that the results are written to; None = no file.
 
     Raises:
         UsageError: for an unknown name, or a recipe that is not what would be measured.
@@ -82,7 +82,7 @@ def run_benchmarks(
         table = _measure(name, work, repeats, images, model, with_textbook, textbook_images, trace)
         table.show(console)
         tables.append(table.to_dict())
-        if name in ("train-step", "epoch"):  # they train, and hand the network to DDP
+        if name in ("train-step", "epoch"):  # both train, and wrap the network in DDP
             work = Workload.of(recipe, accelerator)
     result = {"machine": machine, "recipe": recipe.to_dict(), "benchmarks": tables}
     if output is not None and accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""What `capdist check` does: read a recipe's captions and photos once, and say what is wrong."""
+"""What `capdist check` does: read a recipe's captions and photos once, and list all problems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_recipe(recipe: Recipe) -> Report:
         recipe: Only its `data` section matters.
 
     Returns:
-        The report, if nothing must be mended.
+        The report, if there is no problem.
 
     Raises:
         DataError: with one line for each problem.

@@ -32,11 +32,11 @@ def evaluation_data(
     """Return which captioned photos to evaluate on.
 
     Args:
-        source: As `data.source` of a recipe.
-        path: As `data.path`.
-        limit: First so many images.
-        num_workers: Loader processes.
-        overrides: `data.X_column=name`, as in a recipe.
+        source: Kind of data, as `data.source` of a recipe.
+        path: Where the data is, as `data.path` of a recipe.
+        limit: Keeps only this many images, the first ones; None = all.
+        num_workers: Number of processes that load photos; 0 loads them in this one.
+        overrides: Settings `data.X_column=name`, as in a recipe.
 
     Raises:
         UsageError: with one line for each mistake.
@@ -63,19 +63,19 @@ def evaluate_folder(
     """Caption and score a split; the main process prints the table and writes `output`.
 
     Args:
-        models: Model folders or hub ids; several write each caption together.
-        data: Which captioned photos.
+        models: Folders or hub ids of models; if there are several, they form an ensemble.
+        data: Says which captioned photos to read.
         split: `train`, `validation` (or `dev`), a half of it (`dev-choose`, `dev-report`) or `test`.
-        search: Settings of `SearchSettings` by name; others are as the first model was validated.
+        search: Settings of `SearchSettings` by name; others keep the values that the first model was validated with.
         image_size: Pixels a side to which photos are squashed; None = as the model says.
-        batch_size: Images captioned at once by one process.
-        output: JSON file.
+        batch_size: How many images one process captions at once.
+        output: JSON file that the result is written to; None = no file.
 
     Returns:
         `metrics`, `settings` and `captions`.
 
     Raises:
-        UsageError, DataError, CheckpointError: as their causes.
+        UsageError, DataError, CheckpointError: if the options, the data or a model are not usable.
     """
     if data.limit is not None and SPLIT_ALIASES.get(split, split) in (CHOOSE, REPORT):
         raise UsageError(

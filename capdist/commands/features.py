@@ -14,10 +14,10 @@ from capdist.training.start import build_network
 
 
 def fill_cache(recipe: Recipe) -> list[Encoded]:
-    """Encode the photos of every split, and print a line a split.
+    """Encode the photos of every split, and print a line for each split.
 
     Args:
-        recipe: Of the runs that will train on the features.
+        recipe: Recipe that later runs will train with.
 
     Raises:
         UsageError: if such a run would not use the cache.
@@ -40,7 +40,7 @@ def fill_cache(recipe: Recipe) -> list[Encoded]:
 
 
 def describe(encoded: Encoded) -> str:
-    """Return a line on a split: photos, or views of them, how many were there already, speed, size and place."""
+    """Return a line about a split: numbers of photos or views, how many existed already, speed, size and place."""
     num_rows = len(encoded.store)
     num_new = num_rows - encoded.num_present
     speed = f"{num_new / encoded.seconds:,.1f} {encoded.unit}s/s" if num_new else "nothing to do"

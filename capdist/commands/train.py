@@ -1,7 +1,7 @@
-"""`capdist train`: a parent that starts `accelerate launch` and hands on the real exit code.
+"""`capdist train`: a parent process that starts `accelerate launch` and returns the real exit code.
 
-Launchers turn every failure into 1 and add a traceback of their own. The training processes leave their code and what
-they have to say in a folder instead, and the parent says it once, last.
+Launchers turn every exit code but 0 into 1 and print their own traceback. The training processes therefore write their
+code and their messages into a folder. The parent prints these once, at the end.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from types import FrameType
 from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped, UsageError, name_signal
 
 PLACE_FILE = "accelerate_config.yaml"
-# The options of `accelerate launch`; by name, because its own parser costs the seconds that an import of torch takes.
-# Not `--module` and `--no_python`, under which it would start something else, and not `--debug` and `--quiet`, which
-# are train.py's.
+# The options of `accelerate launch`, by name, because its parser imports torch, which takes seconds. Not `--module` and
+# `--no_python`, under which it would start something else, and not `--debug` and `--quiet`, which are train.py's.
 _PLACE_OPTIONS = (
     "config_file", "mixed_precision", "num_processes", "num_machines", "num_cpu_threads_per_process", "gpu_ids",
     "machine_rank", "main_process_ip", "main_process_port", "t", "tee", "log_dir", "role", "rdzv_backend", "rdzv_conf",
@@ -39,7 +38,8 @@ _PLACE_FLAGS = (
 )  # fmt: skip
 _OTHER_WAYS = ("--tpu", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm")
 _REFUSAL_FILE = "refusal"
-# How accelerate's simple launcher and torch's elastic one say that a process failed; by name, to do without torch.
+# Errors of accelerate's simple launcher and torch's elastic one when a process fails; by name, to avoid importing
+# torch.
 _PROCESS_FAILURES = ("CalledProcessError", "ChildFailedError", "SignalException")
 
 
@@ -47,14 +47,15 @@ def launch_training(arguments: Sequence[str]) -> int:
     """Train under `accelerate launch`.
 
     Args:
-        arguments: Those of `capdist/train.py`; those of `accelerate launch` that say where to train may be among them.
+        arguments: Arguments for `capdist/train.py`, and any that tell `accelerate launch` where to train.
 
     Returns:
         0, or 1 for a bug whose traceback the training process has printed.
 
     Raises:
-        UsageError: for mistakes in the recipe, before anything is started, and for what `accelerate launch` refuses.
-        CapdistError: with what the training processes had to say and their exit code.
+        UsageError: for mistakes in the recipe, before any process starts, and for options that `accelerate launch`
+            refuses.
+        CapdistError: with the messages of the training processes and their exit code.
     """
     from capdist.recipe.reading import load_recipe
     from capdist.train_options import parse_arguments
@@ -67,7 +68,7 @@ def launch_training(arguments: Sequence[str]) -> int:
     command = [sys.executable, "-m", "capdist.commands.train", *place, str(script), *what]
     with tempfile.TemporaryDirectory(prefix="capdist_") as folder:
         environment[EXIT_FOLDER_VARIABLE] = folder
-        # Before there is a process: nobody else would tell one of a session of its own that its parent is gone.
+        # Handle signals before the process starts: it has its own session, so a terminal signals only this parent.
         signals = _Signals()
         process = subprocess.Popen(command, env=os.environ | environment, start_new_session=True)
         signals.pass_on_to(process.pid)
@@ -76,7 +77,7 @@ def launch_training(arguments: Sequence[str]) -> int:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments that say where to train, spelt with underscores, and the others.
+    """Split arguments into those that say where to train, spelt with underscores, and the others.
 
     Raises:
         UsageError: if the last of them needs a value.
@@ -105,14 +106,14 @@ def _is_of_family(name: str) -> bool:
 
 
 def _default_place(place: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Add the shipped file where no other is named, and `--multi_gpu`, without which it starts a single process.
+    """Add the shipped file if no other is named, and `--multi_gpu`, without which only one process starts.
 
     Returns:
-        Arguments of `accelerate launch`, and what its environment needs besides.
+        Arguments of `accelerate launch`, and additional environment variables for it.
     """
     named = any(argument.startswith("--config_file") for argument in place)
     several = _asks_for_several(place) and not {"--multi_gpu", *_OTHER_WAYS} & {*place}
-    # `--cpu` starts a single process, whatever number stands beside it, and is refused beside `--multi_gpu`.
+    # `--cpu` starts a single process, even with `--num_processes`, and is refused with `--multi_gpu`.
     on_processors = several and "--cpu" in place
     if on_processors:
         place = [argument for argument in place if argument != "--cpu"]
@@ -131,9 +132,9 @@ def _asks_for_several(place: list[str]) -> bool:
 
 
 class _Signals:
-    """Pass signals on to training processes, past the launcher, which would not let them save a checkpoint.
+    """Pass signals on to training processes; the launcher is left out, since it would not let them save a checkpoint.
 
-    Signals that the parent was started to ignore, as `nohup` has it, stay ignored.
+    Signals that the parent ignores from its start, for example under `nohup`, are still ignored.
 
     Attributes:
         received: The signals that came, in their order.
@@ -151,7 +152,7 @@ class _Signals:
                 signal.signal(number, self._note)
 
     def pass_on_to(self, launcher: int) -> None:
-        """Pass signals on to the children of the process of that id, those too that came before there was one."""
+        """Pass signals on to the children of a process, including signals that came before it started."""
         self._launcher = launcher
         self._pass_on()
 
@@ -162,7 +163,7 @@ class _Signals:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        # Each is sent once, though another may come in the midst of this: a second one ends training at once.
+        # Send each only once, even if another comes meanwhile, because a second signal ends training at once.
         with contextlib.suppress(IndexError):
             while True:
                 self._send(self._waiting.pop(0))
@@ -176,7 +177,7 @@ class _Signals:
 
 def _outcome(launcher_code: int, folder: Path, received: list[int]) -> int:
     ends = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*"))]
-    # When one process fails, the others may die of its absence: the reason is with the one that knew why.
+    # When one process fails, the others may fail because it is gone. Take the reason from the one that knows it.
     told = next((end for end in ends if end["code"] != 1), None)
     if told is not None:
         error = CapdistError(*told["mistakes"])
@@ -190,7 +191,7 @@ def _outcome(launcher_code: int, folder: Path, received: list[int]) -> int:
     if (folder / _REFUSAL_FILE).exists():
         reason = json.loads((folder / _REFUSAL_FILE).read_text())
         raise UsageError(f"accelerate launch refuses its options: {reason}")
-    if launcher_code == UsageError.exit_code:  # argparse has said why
+    if launcher_code == UsageError.exit_code:  # argparse has printed the reason
         return launcher_code
     if launcher_code and len(ends) < (ends[0]["processes"] if ends else 1):
         raise ProcessError(
@@ -201,10 +202,10 @@ def _outcome(launcher_code: int, folder: Path, received: list[int]) -> int:
 
 
 def _launch_quietly() -> int:
-    """Be `accelerate launch`, without its traceback: what happened is told by the training processes.
+    """Act as `accelerate launch` without its traceback: the training processes report what happened.
 
     Returns:
-        0, 1 if a training process failed, or 2 for options that are refused; why is left for the parent.
+        0; 1 if a training process failed; or 2 for options that are refused, whose reason is in a file for the parent.
     """
     import logging
 

@@ -21,7 +21,7 @@ from capdist.recipe.sections import Recipe
 from capdist.text.vocabulary import IGNORED_LABEL, Vocabulary
 
 Unreadable = DataError | OSError
-"""What a worker hands back instead of a sample: raised in it, an error would lose its class and what it is about."""
+"""What a worker returns instead of a sample. An error raised in a worker loses its class and its attributes."""
 
 
 class SampleKey(NamedTuple):
@@ -29,8 +29,8 @@ class SampleKey(NamedTuple):
 
     Attributes:
         epoch: Counted from 0.
-        image: Row of the split.
-        part: Which chunk of the image's captions.
+        image: Row of the split, counted from 0.
+        part: Number, from 0, of the chunk of the image's captions that is shown.
         is_filler: Whether it only keeps a process in step with the others and has no weight.
     """
 
@@ -44,11 +44,11 @@ class Sample(NamedTuple):
     """One image and some of its captions.
 
     Attributes:
-        image: Row of the split.
+        image: Row of the split, counted from 0.
         feature_row: Row of the feature store, which is that of the split unless views are cached.
         pixels: uint8 (3, S, S), or None when features are cached.
         captions: Ids, without `<bos>`; none for a filler.
-        is_mirrored: Whether the photo is, and left and right in its captions are swapped.
+        is_mirrored: Whether the photo is mirrored, and left and right in its captions are swapped.
     """
 
     image: int
@@ -72,7 +72,7 @@ class CaptionBatch:
         num_tokens: Labels that count.
         num_captions: Captions that count.
         mirrored: (B,) bool, photos that are mirrored.
-        weights: (B·R,) by which the loss of each caption is multiplied; None = 1.
+        weights: (B·R,) factors that multiply the loss of each caption; None = 1.
     """
 
     image_rows: Tensor
@@ -108,8 +108,8 @@ class Views:
 
     Attributes:
         augmentation: Draws a view.
-        count: Views of an image.
-        seed: Of the run.
+        count: How many views each image has.
+        seed: The run's seed, from which all views are drawn.
     """
 
     augmentation: Augmentation
@@ -133,17 +133,17 @@ def build_views(recipe: Recipe) -> Views | None:
 
 
 class CaptionDataset(Dataset[Sample | Unreadable]):
-    """Training samples by `SampleKey`. Stateless, so that any worker of any run makes the same sample of a key.
+    """Training samples by `SampleKey`. It has no state, so any worker of any run makes the same sample of a key.
 
     Args:
         photos: The split's `image` column with `decode=False`, or None when features are cached.
-        captions: The split's captions.
-        preprocessing: Of photos.
-        augmentation: Of photos, or None.
-        captions_per_image: R.
-        seed: Of the run.
-        views: If features of several views are cached.
-        mirrored_words: Words to be replaced in the captions of mirrored photos; see `Vocabulary.mirrored_words`.
+        captions: Gives the words of each image of the split.
+        preprocessing: Decodes and resizes photos.
+        augmentation: Changes photos at random; None = leaves them unchanged.
+        captions_per_image: R, how many captions a sample has at most.
+        seed: The run's seed; it decides the order of captions and the augmentation.
+        views: Tells which view an epoch shows, if features of several views are cached.
+        mirrored_words: Replaces words in the captions of mirrored photos; see `Vocabulary.mirrored_words`.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class CaptionDataset(Dataset[Sample | Unreadable]):
         self.mirrored_words = mirrored_words or {}
 
     def __getitem__(self, key: SampleKey) -> Sample | Unreadable:
-        """Make a sample; a photo that cannot be read is handed back as its error."""
+        """Make a sample, or return the error of a photo that cannot be read."""
         try:
             pixels = self._pixels(key) if self.photos is not None else None
         except (DataError, OSError) as error:
@@ -210,7 +210,7 @@ def _augmented(photo: Any, preprocessing: Preprocessing, augmentation: Augmentat
 
 
 class Collator:
-    """Samples to an image-major batch, padded to the longest caption.
+    """Joins samples into an image-major batch, padded to the longest caption.
 
     Args:
         captions_per_image: R; an image with fewer captions gets rows without labels.
@@ -220,7 +220,7 @@ class Collator:
         self.captions_per_image = captions_per_image
 
     def __call__(self, samples: Sequence[Sample | Unreadable]) -> CaptionBatch | Unreadable:
-        """Make a batch, or hand on the first error."""
+        """Make a batch, or return the first error."""
         good: list[Sample] = []
         for sample in samples:
             if isinstance(sample, Unreadable):
@@ -235,7 +235,7 @@ class Collator:
             feature_rows=torch.tensor([s.feature_row for s in good]),
             images=torch.stack(pixels) if pixels else None,
             mirrored=torch.tensor([s.is_mirrored for s in good]),
-            # A batch of fillers has a column, too.
+            # A batch of fillers needs a column, too.
             **caption_rows(labels if labels.shape[1] else labels.new_full((len(rows), 1), IGNORED_LABEL)),
         )
 
@@ -259,8 +259,8 @@ class PhotoDataset(Dataset[tuple[int, Tensor] | Unreadable]):
 
     Args:
         photos: The split's `image` column with `decode=False`.
-        preprocessing: Of photos.
-        views: Or None for the photos as they are.
+        preprocessing: Decodes and resizes photos.
+        views: Draws random views; None = shows each photo once, unchanged.
     """
 
     def __init__(self, photos: Sequence[Any], preprocessing: Preprocessing, views: Views | None = None) -> None:

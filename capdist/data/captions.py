@@ -1,4 +1,4 @@
-"""Captions as ids, in three flat arrays: small, quick to hand to workers, whatever the number of captions."""
+"""Captions as ids, in three flat arrays: small, and quick to hand to workers for any number of captions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class CaptionTable:
         ids: Words of all captions, one after the other; a caption that was not cut ends with `<eos>`.
         caption_starts: Where each caption starts in `ids`, and a last entry.
         image_starts: Where each image's captions start in `caption_starts`, and a last entry.
-        num_cut: Captions longer than allowed. They are cut and get no `<eos>`: that they end there is not true.
-        num_empty: Captions without any word, left out.
+        num_cut: Number of captions that were too long. They are cut and get no `<eos>`, so the model does not learn to
+            stop there.
+        num_empty: Number of captions without any word; they are left out.
     """
 
     ids: NDArray[np.int32]
@@ -42,9 +43,9 @@ class CaptionTable:
         """Encode tokenised captions.
 
         Args:
-            images: Words by image and caption.
+            images: For each image its captions, each a list of words as `tokenize_images` gives them.
             vocabulary: Gives the ids.
-            max_length: Most words of a caption.
+            max_length: Cuts captions that have more words.
         """
         ids: list[int] = []
         caption_starts, image_starts = [0], [0]
@@ -87,7 +88,7 @@ class CaptionTable:
 
 
 def reference_ids(images: Sequence[Sequence[Sequence[str]]], vocabulary: Vocabulary) -> list[list[NDArray[np.int64]]]:
-    """Return whole captions by image as ids, ended by `<eos>`, each word outside the vocabulary with an id of its own.
+    """Return whole captions by image as ids that end with `<eos>`. Each word outside the vocabulary has its own id.
 
     Captions without a word are left out. No sampled word ever equals one outside the vocabulary, as in a score that
     compares the words themselves.
@@ -101,7 +102,7 @@ def reference_ids(images: Sequence[Sequence[Sequence[str]]], vocabulary: Vocabul
 
 
 def tokenize_images(images: Iterable[Sequence[str]]) -> list[list[list[str]]]:
-    """Tokenise raw captions by image, all in one go."""
+    """Tokenise the raw captions of all images in one call."""
     images = list(images)
     words = iter(tokenize(caption for captions in images for caption in captions))
     return [[next(words) for _ in captions] for captions in images]

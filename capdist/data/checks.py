@@ -1,4 +1,4 @@
-"""Reads every caption and every image once and lists what is wrong, before a training run finds out."""
+"""Reads every caption and every image once and lists what is wrong, before a training run starts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _Captions = tuple[str, list[str]]  # an image id and its captions
-_CHUNK = 256  # so many images are in flight at a time
+_CHUNK = 256  # images that are read at a time
 SHOWN = 10
 
 _NEVER_PUBLISHED = "2258277193_586949ec62.jpg.1"
-"""Flickr8k's own caption file names it and none of the official lists does: nobody has it, and nobody misses it."""
+"""Flickr8k's caption file names this photo, but no official split list does, and it was never published."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Report:
     """What `check_data` found.
 
     Attributes:
-        problems: What must be mended: photos that cannot be read and photos that stand in two splits, one line each,
-            at most ten of a kind and then their number; and in one line photos that captions name and that do not
-            exist, which training leaves out.
-        warnings: What is worth a look: photos twice in one split, images with fewer captions than most, and the
-            other notes of the source.
-        statistics: For each split `images`, `captions`, `captions_per_image` (mean) and of the words per caption
-            (split at white space) `words_mean`, `words_p95` and `words_max`.
+        problems: What must be fixed. Photos that cannot be read and photos that are in two splits have one line each;
+            after ten of a kind follows their number. Missing photos that captions name share one line; training leaves
+            them out.
+        warnings: What is worth a look: photos that are twice in one split, images with fewer captions than most, and
+            the other notes of the source.
+        statistics: Holds for each split `images`, `captions`, `captions_per_image` (mean), and `words_mean`,
+            `words_p95` and `words_max`. The last three count words per caption, split at white space.
     """
 
     problems: tuple[str, ...]
@@ -55,7 +55,7 @@ class _Image(NamedTuple):
 
     split: str
     image_id: str
-    digest: str | None  # None: there was nothing to read
+    digest: str | None  # None: there is nothing to read
     complaint: str | None  # what the decoder said
 
 

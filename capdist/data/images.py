@@ -22,13 +22,13 @@ from capdist.errors import DataError
 from capdist.recipe.sections import DataSection
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""Formats that are opened, whatever a file is called: a short list leaves the decoders that nobody needs unreached."""
+"""Formats that are opened; file names do not matter. The list is short so that damaged files reach few decoders."""
 
 MAX_PIXELS = 100_000_000
 """Photos of more pixels are refused from their header, before memory is spent on them."""
 
 _OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-"""What fails to read a photo that may be sound; `errors.run_program` knows what to do about each."""
+"""Errors that say nothing about the photo itself; `errors.run_program` knows what to do about each."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Preprocessing:
 
     Attributes:
         image_size: S; the whole photo is squashed to S x S.
-        mean: Of each colour in 0…1.
-        std: Of each colour in 0…1.
+        mean: Mean of red, green and blue, each in 0…1.
+        std: Standard deviation of red, green and blue, each in 0…1.
     """
 
     image_size: int
@@ -76,10 +76,10 @@ class Augmentation:
     """Random changes of a training photo, each a function of the photo and a seed.
 
     Args:
-        image_size: S.
+        image_size: S, the side of a changed photo in pixels.
         random_crop: Smallest share of the area that is kept; 1 = squash the whole photo.
         horizontal_flip: Mirror the photos of every second seed.
-        color_jitter: Strength of brightness, contrast and saturation.
+        color_jitter: Largest change of brightness, contrast and saturation, as a share; 0 changes none.
     """
 
     def __init__(self, image_size: int, *, random_crop: float, horizontal_flip: bool, color_jitter: float) -> None:
@@ -95,7 +95,7 @@ class Augmentation:
         self._flips = horizontal_flip
 
     def mirrors(self, seed: int) -> bool:
-        """Return whether a photo is mirrored: odd seeds do it, so that whoever reads its captions can know."""
+        """Return whether a photo is mirrored. Odd seeds mirror it, so the code that reads its captions can know."""
         return self._flips and seed % 2 == 1
 
     def __call__(self, image: Tensor, seed: int) -> Tensor:
@@ -122,9 +122,9 @@ def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Im
     """Decode a photo, upright and RGB.
 
     Args:
-        image: `path` and/or `bytes`.
-        smallest_side: A JPEG may be decoded at an eighth, a quarter or half of its size as long as both sides stay
-            at least twice this long; None = full size.
+        image: Has `path` and/or `bytes`.
+        smallest_side: Lets a JPEG be decoded at an eighth, a quarter or half of its size. Both sides stay at least
+            twice this many pixels; None = full size.
 
     Raises:
         DataError: naming the photo and what is wrong with it.
@@ -147,7 +147,7 @@ def open_photo(image: Mapping[str, Any], smallest_side: int | None = None) -> Im
         raise DataError(f"{name}: {error}") from None
     except DataError:
         raise
-    except Exception as error:  # Pillow's parsers let out whatever damage makes them meet: struct.error, IndexError, …
+    except Exception as error:  # damage makes Pillow's parsers raise errors of many kinds: struct.error, IndexError, …
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
             raise
         reason = (
@@ -170,16 +170,16 @@ _TRANSPOSITIONS = {
 
 
 def upright_rgb(photo: Image.Image) -> Image.Image:
-    """Turn a picture as its EXIF says and make it RGB; what is transparent becomes white."""
+    """Turn a picture as its EXIF says and make it RGB; transparent parts become white."""
     return _to_rgb(_upright(photo))
 
 
 def _upright(photo: Image.Image) -> Image.Image:
-    photo.load()  # PNG may have its EXIF behind the pixels, whose own damage must not pass for damage in a tag
-    # Not ImageOps.exif_transpose: it writes all of the EXIF anew, and fails on damage in tags that nobody needs.
+    photo.load()  # PNG may hold its EXIF behind the pixels: damaged pixels must not look like a damaged tag
+    # Not ImageOps.exif_transpose: it rewrites the whole EXIF, and fails on damage in tags that nobody needs.
     try:
         orientation = photo.getexif().get(0x0112)
-    except Exception:  # as above; as it is stored is the best guess
+    except Exception:  # as above; the stored orientation is the best guess
         orientation = None
     method = _TRANSPOSITIONS.get(orientation) if isinstance(orientation, int) else None
     return photo if method is None else photo.transpose(method)
@@ -193,7 +193,7 @@ def _to_rgb(photo: Image.Image) -> Image.Image:
             grey.putalpha(Image.fromarray(np.where(np.asarray(photo) == transparent, 0, 255).astype(np.uint8)))
         photo = grey
     if photo.mode in ("RGBA", "LA", "PA") or "transparency" in photo.info:
-        # Product photos are often cut out: what shows through is white, not the black that a plain conversion gives.
+        # Product photos are often cut out: their background becomes white, not the black of a plain conversion.
         photo = photo.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo).convert("RGB")
     return photo.convert("RGB")

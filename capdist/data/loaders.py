@@ -1,4 +1,4 @@
-"""Which process sees which sample when, as a function of the seed alone, and the loaders that follow it."""
+"""Decides from the seed alone which process sees which sample when; the loaders follow that plan."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from capdist.errors import DataError, ProcessError
 class Plan:
     """The global order of training.
 
-    An epoch shows each caption once: an image with more captions than share one pass comes in several parts. A step
-    takes the next `batch_size * num_processes * accumulation` of the epoch's shuffled parts; the last step of an
-    epoch takes what is left. A micro-batch is shared out evenly, and a process left with nothing gets a filler
-    without weight, so that all processes take every step together and no sample comes twice.
+    An epoch shows each caption once. An image with more captions than one pass takes comes in several parts. A step
+    takes the next `batch_size * num_processes * accumulation` of the epoch's shuffled parts; the last step of an epoch
+    takes the rest. The processes share each micro-batch evenly. A process without a sample gets a filler without
+    weight, so all processes take every step together and no sample comes twice.
 
     Attributes:
-        parts: (parts, 2) image and part number.
-        batch_size: Images of a micro-batch of one process.
-        num_processes: Processes.
-        accumulation: Micro-batches of a step.
-        seed: Of the run.
+        parts: (parts, 2), the image and the number of each part.
+        batch_size: How many images one process has in a micro-batch.
+        num_processes: How many processes share each step.
+        accumulation: How many micro-batches make a step.
+        seed: The run's seed; it decides the order.
     """
 
     parts: NDArray[np.int64]
@@ -163,7 +163,7 @@ def photo_batches(
 
 
 def _loader_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
-    # With a generator of its own the loader draws nothing from torch's global one, where dropout comes from.
+    # With its own generator the loader draws nothing from torch's global one, which dropout uses.
     options: dict[str, Any] = {
         "num_workers": num_workers,
         "pin_memory": pin_memory,
@@ -176,10 +176,10 @@ def _loader_options(num_workers: int, pin_memory: bool) -> dict[str, Any]:
 
 
 def _leave_signals_to_main(worker: int) -> None:
-    """Let a worker live on when a terminal or a scheduler signals all processes of a job at once.
+    """Keep a worker alive when a terminal or a scheduler signals all processes of a job at once.
 
     The main process still needs its batches, for the step after which it saves a checkpoint. A second SIGTERM ends the
-    worker: with one torch, and at last `multiprocessing`, get rid of those that do not end by themselves.
+    worker: torch, and finally `multiprocessing`, send one to workers that have not ended.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))

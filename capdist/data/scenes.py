@@ -55,7 +55,7 @@ _BANDS: dict[str, list[tuple[float, Colour, Colour]]] = {
     "snow": [(0.4, (165, 180, 200), (205, 215, 226)), (0.6, (236, 241, 248), (222, 230, 242))],
     "paper": [(1.0, (250, 246, 228), (250, 246, 228))],
 }
-# How often each layout is drawn, in percent. Two shapes, one relation is the task; the others season it.
+# How often each layout is drawn, in percent. Most scenes have two shapes and one relation; the others add variety.
 LAYOUTS = {"left": 38, "above": 30, "inside": 14, "single": 8, "row": 10}
 SIZES = {"large": ("large", "big"), "small": ("small", "little")}
 
@@ -93,7 +93,7 @@ def build_scenes(limit: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """Draw the data set.
 
     Args:
-        limit: Only the first so many scenes of each split.
+        limit: Keeps only this many scenes of each split, the first ones; None = all.
 
     Returns:
         For each split its rows `{"image_id": str, "image": {"path": None, "bytes": PNG}, "captions": [str]}`.

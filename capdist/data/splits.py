@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from capdist.data.sources import LoadedData
 
 CHOOSE, REPORT = "validation-choose", "validation-report"
-"""Halves of the validation split: on one a model and its search are chosen, on the other nothing ever is."""
+"""Halves of the validation split: one chooses a model and its search, the other is held out for the report."""
 
 SPLIT_ALIASES = {**SPLIT_WORDS, "dev-choose": CHOOSE, "dev-report": REPORT}
 """Names that `get_split` takes for splits and the halves of `validation`."""
@@ -30,9 +30,9 @@ class Split:
 
     Attributes:
         name: `train`, `validation`, `test`, or a half of `validation`.
-        image_ids: Id of each image.
-        photos: `path` and/or `bytes` of each image.
-        references: Raw captions of each image.
+        image_ids: Name the image of each row.
+        photos: Have `path` and/or `bytes` of each image.
+        references: The captions of each image, as people wrote them.
     """
 
     name: str
@@ -61,7 +61,7 @@ class PreparedData:
     Attributes:
         splits: By name; a source may lack `validation` or `test`.
         vocabulary: Counted on the training split only.
-        captions: Of the training split.
+        captions: Captions of the training split, encoded with the vocabulary.
         notes: Oddities of the source, counted, in plain words.
     """
 
@@ -77,7 +77,7 @@ class PreparedData:
 
     @property
     def reporting(self) -> Split | None:
-        """The split of the final scores, if there is one: that nothing was chosen on, or `validation`."""
+        """The split of the final scores, if there is one: a held-out one, else `validation`."""
         return next((self.splits[n] for n in ("test", REPORT, "validation") if n in self.splits), None)
 
 
@@ -99,10 +99,10 @@ def read_source(data: DataSection) -> LoadedData:
 
 
 def get_split(loaded: LoadedData, name: str) -> Split:
-    """Return a split; it may be called as in `SPLIT_ALIASES`, the halves of `validation` `dev-choose`, `dev-report`.
+    """Return a split by its name or by an alias, such as `dev-choose` for a half of `validation`; see `SPLIT_ALIASES`.
 
-    A half is made of every second image in the order of the SHA-256 of their ids, so that it is the same everywhere;
-    with `data.limit`, of the images that are left.
+    The halves take turns with the images in the order of the SHA-256 of their ids, so they are the same everywhere.
+    With `data.limit` they divide the images that are left.
 
     Raises:
         DataError: if the source has no such split.
@@ -120,7 +120,7 @@ def get_split(loaded: LoadedData, name: str) -> Split:
 
 
 def get_splits(loaded: LoadedData, halve_validation: bool) -> dict[str, Split]:
-    """Return all splits of a source by name, `validation` in halves if so wanted and it has two images."""
+    """Return all splits of a source by name. If asked to, halve a `validation` of two images or more."""
     names = list(loaded.splits)
     if halve_validation and len(loaded.splits.get("validation", ())) > 1:
         where = names.index("validation")

@@ -21,7 +21,7 @@ def search(
     """Find the best captions: greedy search for a beam of one, beam search for a wider one.
 
     Args:
-        decoder: The captioner.
+        decoder: Gives the probabilities of the next word.
         features: Encoder grid, (images, cells, channels).
         options: What may be written and how it is scored.
         return_attention: Also return the attention of every word.
@@ -35,5 +35,5 @@ def search(
     """
     find = greedy_search if options.beam_size == 1 else beam_search
     found = find(decoder, features, options, return_attention)
-    # Two captions agree with each other equally.
+    # With two captions, each agrees with the other to the same degree.
     return found if options.consensus is None or options.beam_size < 3 else agree(found, options)

@@ -17,7 +17,7 @@ from capdist.decoding.options import SearchOptions
 from capdist.decoding.protocol import Decoder, State
 
 _WORTH_LEAVING = 0.75
-"""Decided images are taken out of the batch once no more than this share of its images is left."""
+"""Decided images leave the batch once at most this share of its images is undecided."""
 
 
 class _Continuations(NamedTuple):
@@ -34,22 +34,21 @@ def beam_search(
 ) -> SearchResult:
     """Follow the `beam_size` most probable beginnings of each image and return the best captions that end.
 
-    At each step the 2K best continuations of an image are ranked. Those among the first K that end go to a
-    pool, which keeps the K best by score; the K best that do not end are continued (2K always hold as many,
-    since a beam can end in one way only). An image is decided once its pool is full and no beam can still get
-    into it: log-probabilities only fall, so that no descendant of a beam scores above its
-    total / (max_length + 1) ** length_penalty. A beam of one is decided by its first end, which makes it
-    greedy search whatever the length penalty.
+    Each step ranks the 2K best continuations of an image. Those among the first K that end go to a pool, which keeps
+    the K best by score. The K best that do not end are continued; 2K always hold as many, since a beam can end in only
+    one way. An image is decided once its pool is full and no beam can still get into it. Log-probabilities only fall,
+    so no descendant of a beam scores above its total / (max_length + 1) ** length_penalty. A beam of one is decided by
+    its first end, so it is greedy search for any length penalty.
 
     Args:
-        decoder: The captioner.
+        decoder: Gives the probabilities of the next word.
         features: Encoder grid, (B, N, channels).
         options: What may be written and how it is scored.
         return_attention: Also return the attention of every word.
 
     Returns:
-        `beam_size` candidates an image. Beams that are not over after `max_length` words, or have no allowed
-        word left, fill up what the pool lacks, not ended.
+        `beam_size` candidates an image. If the pool has fewer, it is filled up with beams that did not end: after
+        `max_length` words, or because no word is allowed.
 
     Raises:
         UsageError: A token id of the options lies outside the vocabulary.
@@ -64,7 +63,7 @@ def beam_search(
     tokens = torch.full_like(first[:, :1], options.bos_id)
     for position in range(options.max_length + 1):  # the last step can only end captions of full length
         logits, attention, state = decoder.step(tokens, state)
-        if position == 0:  # all beams start alike: one stands for all
+        if position == 0:  # all beams start alike, so the first is enough
             logits, attention = gather_rows(logits, first), gather_rows(attention, first)
             state = decoder.reorder(state, first)
         log_p = allowed_log_probabilities(logits, live.words, position, options)
@@ -101,13 +100,13 @@ def _first_beams(features: Tensor, options: SearchOptions, with_attention: bool)
 
 
 def _collect_ended(pool: Hypotheses, live: Hypotheses, best: _Continuations, options: SearchOptions) -> Hypotheses:
-    """Return the pool with the captions that end among the first K ranks; strike their beams off `live`."""
+    """Return the pool with the captions that end among the first K ranks; remove their beams from `live`."""
     totals, parents, tokens = (field[:, : options.beam_size] for field in best)
     ends = (tokens == options.eos_id) & (totals != IMPOSSIBLE)
     ended = live.take(parents)
     ended.totals = totals.masked_fill(~ends, IMPOSSIBLE)
     ended.ended = ends
-    # An image that gets stuck keeps its beams: none may come back again as a caption that did not end.
+    # An image that gets stuck keeps its beams; one that ended must not come back as a caption that did not end.
     beams = torch.arange(options.beam_size, device=parents.device)
     is_over = ((parents.unsqueeze(1) == beams[:, None]) & ends.unsqueeze(1)).any(dim=-1)
     live.totals = live.totals.masked_fill(is_over, IMPOSSIBLE)

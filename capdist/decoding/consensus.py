@@ -1,4 +1,4 @@
-"""Choosing, of the captions that a search found, the one that agrees with the others."""
+"""Consensus (MBR) reranking: choose the caption that is most similar to the others that a search found."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from capdist.decoding.options import SearchOptions
 
 
 def agree(found: SearchResult, options: SearchOptions) -> SearchResult:
-    """Rank candidates by how much of what they say the other candidates say too.
+    """Rank candidates by how much they have in common with the other candidates.
 
-    The caption of least Bayes risk (Kumar & Byrne 2004): the mean likeness of a candidate to all candidates, these
-    weighed by probability ** (1 / `options.consensus`). The likeness of two captions is the F1 of their sets of words,
-    that of a caption to itself 1. The most frequent word counts 0, the r-th ln(r): ids of words run from frequent to
-    rare, and by Zipf's law this is, up to a factor, the logarithm of how much rarer a word is than the first.
+    This is minimum Bayes risk (MBR) reranking (Kumar & Byrne 2004). A candidate's score is its mean likeness to all
+    candidates, weighted by their probability ** (1 / `options.consensus`). The likeness of two captions is the F1 of
+    their sets of words; that of a caption to itself is 1. The most frequent word counts 0, the r-th most frequent
+    ln(r). Ids of words run from frequent to rare. By Zipf's law ln(r) is, up to a factor, the logarithm of how much
+    rarer a word is than the first.
 
     Args:
         found: Candidates of each image, (B, R).
-        options: Of the search; see its `consensus`.
+        options: Gives `consensus`, the temperature of the weights.
 
     Returns:
         The same candidates, those that ended first, with the mean likeness, 0…1, as `scores`.
     """
     assert options.consensus is not None
-    # On the host, in float64, which not every accelerator has: on a near tie it should not matter with which other
-    # images a caption was compared.
+    # On the host, in float64, which not every accelerator has: a near tie must not depend on the other images of the
+    # batch.
     totals = found.log_probabilities.cpu().double()
     is_caption = totals != IMPOSSIBLE
     trust = ((totals - totals.amax(dim=1, keepdim=True)) / options.consensus).softmax(dim=1).where(is_caption, 0)

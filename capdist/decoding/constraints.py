@@ -17,8 +17,8 @@ IMPOSSIBLE = float("-inf")
 def allowed_log_probabilities(logits: Tensor, words: Tensor, position: int, options: SearchOptions) -> Tensor:
     """Return log p of every next token, minus infinity for the forbidden ones.
 
-    The distribution is the model's own: forbidding a token does not raise the others, so that the sum over a
-    caption is minus the cross-entropy that training would give it.
+    The distribution is the model's own: forbidding a token does not raise the others. So the sum over a caption is
+    minus the cross-entropy that training would compute.
 
     Args:
         logits: (B, R, V), any float type.

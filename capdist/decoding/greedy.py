@@ -1,4 +1,4 @@
-"""Greedy search, and the loop that it shares with sampling: rows that never meet.
+"""Greedy search, and the loop that it shares with sampling: each row is continued on its own.
 
 Shapes: B images, R rows of an image, V vocabulary, N cells of the encoder grid.
 """
@@ -20,7 +20,7 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 
 
 STEPS_BETWEEN_LOOKS = {"cpu": 1}
-"""How often the host asks what is decided: a processor knows, an accelerator would have to be waited for."""
+"""Steps between checks for finished captions; a check is free on a CPU and makes the host wait for a GPU."""
 
 
 @torch.no_grad()
@@ -30,14 +30,14 @@ def greedy_search(
     """Write the most probable next word until `<eos>` is more probable than any word, or `max_length`.
 
     Args:
-        decoder: The captioner.
+        decoder: Gives the probabilities of the next word.
         features: Encoder grid, (B, N, channels).
         options: What may be written; `beam_size` is ignored.
         return_attention: Also return the attention of every word.
 
     Returns:
-        One candidate an image. A caption that is not over after `max_length` words, or has no allowed word
-        left, comes back as it is, not ended.
+        One candidate an image. A caption that is not over after `max_length` words, or has no allowed word left, is
+        returned as not ended.
 
     Raises:
         UsageError: A token id of the options lies outside the vocabulary.
@@ -54,13 +54,13 @@ def follow(
     choose: Choose,
     return_attention: bool,
 ) -> SearchResult:
-    """Write `rows` captions an image, each by itself, one chosen token a step.
+    """Write `rows` independent captions an image, one chosen token a step.
 
     Args:
-        decoder: The captioner.
+        decoder: Gives the probabilities of the next word.
         features: Encoder grid, (B, N, channels).
         options: What may be written.
-        rows: Captions an image.
+        rows: How many captions each image gets.
         choose: Chooses the next token of every row.
         return_attention: Also return the attention of every word.
 
@@ -89,7 +89,7 @@ def follow(
 
 
 def is_time_to_look(position: int, device: torch.device) -> bool:
-    """Return whether the host asks after this step what is decided."""
+    """Return whether the host checks for finished captions after this step."""
     return (position + 1) % STEPS_BETWEEN_LOOKS.get(device.type, 4) == 0
 
 
@@ -110,5 +110,5 @@ def best_continuations(totals: Tensor, log_p: Tensor, count: int) -> tuple[Tenso
 
 
 def _most_probable(log_p: Tensor, totals: Tensor) -> Tensor:
-    # The selection of a beam of one, not an argmax: equal logits, common in bfloat16, must break alike.
+    # Selects as a beam of one does, not by argmax: ties, common in bfloat16, must be decided in the same way.
     return best_continuations(totals, log_p, 2)[2][:, :1]

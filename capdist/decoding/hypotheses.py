@@ -22,8 +22,8 @@ class SearchResult:
     """Candidates of each image, best first: those that ended by score, then those cut off by score.
     Where `search` ranks them by agreement, that is the score.
 
-    Where an image has fewer candidates than asked for (there are no more captions), the last ones are empty:
-    no words, not ended, log-probability and score minus infinity.
+    If an image has fewer captions than were asked for, the last candidates are empty: no words, not ended,
+    log-probability and score minus infinity.
     """
 
     tokens: Tensor
@@ -67,7 +67,7 @@ class Hypotheses:
         """Write one more word into some rows, in place.
 
         Args:
-            rows: Which rows grow, (B, R) bool.
+            rows: True for the rows that grow, (B, R) bool.
             tokens: Their next word, (B, R).
             attention: The attention that it was written with, (B, R, N).
             position: Number of words that growing rows have so far.
@@ -105,7 +105,7 @@ class Hypotheses:
 
     def scores(self, length_penalty: float) -> Tensor:
         """Return totals divided by length ** `length_penalty`, (B, R); `<eos>` counts where a row has it."""
-        lengths = (self.lengths + self.ended).clamp(min=1)  # a row that could not even start: 0 / 0
+        lengths = (self.lengths + self.ended).clamp(min=1)  # avoids 0 / 0 for a row that could not start
         return self.totals / lengths.to(self.totals.dtype).pow(length_penalty)
 
     def result(self, count: int, options: SearchOptions) -> SearchResult:

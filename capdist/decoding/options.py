@@ -1,4 +1,4 @@
-"""What a search may do: how wide, how long, which tokens."""
+"""Options of a search: how wide it is, how long captions may be, and which tokens they may have."""
 
 from __future__ import annotations
 

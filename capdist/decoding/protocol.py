@@ -15,8 +15,8 @@ State = TypeVar("State")
 class Decoder(Protocol[State]):
     """A captioner that writes one word at a time.
 
-    Features and attention keys belong to the image: a state holds them once an image, however many rows the
-    search follows. Only what differs between rows (the recurrent state) is per row, and `reorder` moves that.
+    Features and attention keys belong to the image: a state holds them once an image, for any number of rows. Only what
+    differs between rows (the recurrent state) is per row, and `reorder` moves that.
     """
 
     def init_state(self, features: Tensor) -> State:
@@ -32,7 +32,7 @@ class Decoder(Protocol[State]):
 
         Args:
             tokens: (B, R) long: the word read last, `<bos>` at first.
-            state: The state of these rows.
+            state: State that the last call returned for these rows.
 
         Returns:
             Logits of the next token (B, R, V), the attention they were made with (B, R, N), the new state.
@@ -43,7 +43,7 @@ class Decoder(Protocol[State]):
         """Return a state whose row `r` of image `b` continues row `parents[b, r]` of that image.
 
         Args:
-            state: A state of any number of rows.
+            state: State with any number of rows.
             parents: (B, new rows) long; rows may be repeated or left out, so this also turns 1 row into many.
         """
         ...
@@ -52,7 +52,7 @@ class Decoder(Protocol[State]):
         """Return the state of some of its images.
 
         Args:
-            state: Of any number of images and rows.
+            state: State with any number of images and rows.
             images: (images kept,) long.
         """
         ...

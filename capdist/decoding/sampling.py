@@ -25,14 +25,15 @@ def sample(
     """Draw captions, each independent of the others; the same one may come twice.
 
     Args:
-        decoder: The captioner.
+        decoder: Gives the probabilities of the next word.
         features: Encoder grid, (B, N, channels).
         options: What may be written and how it is scored; `beam_size` is ignored.
-        num_samples: Captions an image (R).
+        num_samples: R, how many captions to draw for each image.
         generator: Source of randomness, on the device of `features`; None for torch's own.
 
     Returns:
-        `num_samples` candidates an image. They are sorted: for one fair draw ask for one.
+        `num_samples` candidates an image. They are sorted by score, so ask for one sample if you need a single fair
+        draw.
 
     Raises:
         UsageError: A token id outside the vocabulary.
@@ -40,8 +41,8 @@ def sample(
     """
 
     def choose(log_p: Tensor, totals: Tensor) -> Tensor:
-        # Softmax once more: what is allowed may be less probable than float32 can hold, beside what is not.
-        # argmax of p / Exp(1) is a draw from p, and unlike torch.multinomial it never waits for the device.
+        # Softmax again: the allowed tokens may all be less probable than float32 can hold. argmax of p / Exp(1) is a
+        # draw from p, and unlike torch.multinomial it never waits for the device.
         return (log_p.softmax(dim=-1) / torch.empty_like(log_p).exponential_(generator=generator)).argmax(dim=-1)
 
     return follow(decoder, features, options, num_samples, choose, return_attention=False)

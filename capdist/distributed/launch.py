@@ -1,4 +1,4 @@
-"""Start: the processes, their devices and precision, and what they must do together."""
+"""Starts the processes with their devices and precision, and runs what they must do together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator as Accelerator  # for others to name: only this package imports accelerate
+from accelerate import Accelerator as Accelerator  # for modules that must not import accelerate
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
@@ -30,7 +30,7 @@ from capdist.recipe.sections import Recipe
 T = TypeVar("T")
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""Where Linux tells a container its share of processor time: microseconds, and of how many."""
+"""Where Linux gives a container's share of processor time: allowed microseconds, and the period they count for."""
 
 
 def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
@@ -52,11 +52,11 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
             mixed_precision=None if precision == "inherit" else precision,
             log_with=list(recipe.tracking.with_) or None if recipe is not None else None,
             project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
-            # A plugin, because the environment overrides the plain argument. Steps drives its own accumulation.
+            # A plugin, because the environment overrides the plain argument. `TrainStep` accumulates gradients itself.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                # The others wait while the main process scores, and METEOR takes its time.
+                # The other processes wait while the main one scores, and METEOR may take long.
                 InitProcessGroupKwargs(timeout=timedelta(hours=1)),
             ],
         )
@@ -65,13 +65,13 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
             raise
         raise UsageError(f"training.mixed_precision: {error}; use bf16 or no") from None
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UsageError(  # accelerate would compute in float32 and say nothing
+        raise UsageError(  # accelerate would compute in float32 without a warning
             "training.mixed_precision: fp16 needs a GPU; use bf16 or no, here or in what accelerate launch is given"
         )
     check_world(accelerator)
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         atexit.register(_leave_group)
-    # What is said to the user is said once.
+    # Messages to the user are printed once.
     speak(accelerator.is_main_process)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, available_processors() // local_processes))
@@ -83,20 +83,20 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
 
 
 def _leave_group() -> None:
-    """End the group of processes, if no one has: threads of gloo that outlive the interpreter abort its process."""
+    """End the group of processes if it still exists: gloo threads that outlive the interpreter abort its process."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def end_stage(accelerator: Accelerator) -> None:
-    """Let go of a stage's model and optimizer, and begin the next with the loss scale that a new run has."""
+    """Release a stage's model and optimizer, and reset the loss scale to that of a new run."""
     accelerator.free_memory()
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(type(accelerator.scaler)(accelerator.device.type).state_dict())
 
 
 def check_world(accelerator: Accelerator) -> None:
-    """Refuse processes that each believe to be alone: every one would train its own copy into the same folder.
+    """Refuse processes that each take themselves for the only one: all would write their models into one folder.
 
     Raises:
         UsageError: if the launcher started another number of processes than have joined.
@@ -111,7 +111,7 @@ def check_world(accelerator: Accelerator) -> None:
 
 @contextmanager
 def exclusive(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold a run folder, so that two runs never write into the same one. The lock dies with the process.
+    """Lock a run folder, so that two runs never write into the same one. The lock ends with the process.
 
     Raises:
         UsageError: if another process holds it.
@@ -140,12 +140,12 @@ def available_processors() -> int:
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """Run a function in the main process only, and return its value, or raise its error, in every process.
+    """Run a function in the main process only; every process gets its value or its error.
 
-    All processes must call it together. An error that only one process knew of would leave the others waiting.
+    All processes must call it together. An error in only one process would leave the others waiting.
 
     Args:
-        accelerator: Of the launch.
+        accelerator: Tells which process is the main one.
         function: Its value must be picklable if there are several processes.
     """
     outcome: list[Any] = [None, None]
@@ -165,7 +165,7 @@ def raise_together(error: Exception | None) -> None:
     """Raise, in every process, the error of the first process that has one. All must call it together.
 
     Args:
-        error: Of this process, picklable if there are several.
+        error: What this process raised; it must be picklable if there are several processes.
     """
     for found in gather_object([error]):
         if found is not None:

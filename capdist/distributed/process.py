@@ -1,4 +1,4 @@
-"""How this process uses processor and memory, where the defaults are slow for training."""
+"""Settings of processor and memory for this process, where the defaults make training slow."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def spin_briefly() -> None:
 def keep_freed_memory() -> None:
     """Let the C library keep freed memory for the next step instead of handing it back to the system.
 
-    Each step allocates and frees the same hundreds of megabytes. Fresh from the system they are cleared page by page
-    when first touched, which takes longer than the arithmetic of some layers. Only for glibc, where blocks above 32 MB
-    always come fresh; elsewhere nothing happens.
+    Each step allocates and frees the same hundreds of megabytes. The system clears new memory page by page at the first
+    access, which takes longer than the arithmetic of some layers. With glibc, blocks above 32 MB are always new memory.
+    With other C libraries this function does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt

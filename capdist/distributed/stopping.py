@@ -1,4 +1,4 @@
-"""Signals: a request to stop is noted, agreed on by all processes, and honoured between two steps."""
+"""Signals: a request to stop is recorded, agreed on by all processes, and obeyed between two steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from capdist.errors import Stopped, name_signal
 
 
 class StopSignals:
-    """Note SIGTERM and SIGINT instead of dying of them; a second one ends the process at once.
+    """Record SIGTERM and SIGINT instead of ending; a second one ends the process at once.
 
     Attributes:
         received: Number of the first signal, or 0.
@@ -45,10 +45,10 @@ class StopSignals:
         """Return the error that ends every process. All must call it together, once they agreed to stop.
 
         Args:
-            accelerator: Of the launch.
-            where: Where that was, and how the work goes on.
+            accelerator: Shares the number of the signal among processes.
+            where: Says where the run stopped, and how to continue it.
         """
-        # A process that heard of the signal from another one reports the usual one of schedulers.
+        # If neither the main process nor this one got the signal, report SIGTERM, which schedulers send.
         number = on_main(accelerator, lambda: self.received) or self.received or signal.SIGTERM
         return Stopped(number, f"stopped by {name_signal(number)} {where}")
 

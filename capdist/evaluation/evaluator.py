@@ -1,4 +1,4 @@
-"""Free-running evaluation: caption a split, shared out over the processes, and score it by image id."""
+"""Free-running evaluation: all processes caption a split together, and it is scored by image id."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from capdist.text.tokenizer import detokenize
 from capdist.text.vocabulary import Vocabulary
 
 FAST_METRICS = ("bleu", "rouge_l", "cider")
-"""Metrics of a validation; METEOR starts a Java machine and waits for the end of the run."""
+"""Metrics of a validation; METEOR, which starts Java, is computed only at the end of the run."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Evaluation:
     """Scores of a split, in every process.
 
     Attributes:
-        metrics: By name; METEOR may be None, with a reason beside it.
-        captions: By image id, each image of the split once.
+        metrics: Maps the name of each score to its value; METEOR may be None, with a reason beside it.
+        captions: Has one caption for each image of the split, by image id.
     """
 
     metrics: dict[str, Any]
@@ -43,7 +43,7 @@ class Evaluator:
 
     Attributes:
         accelerator: The processes of this launch, which share the images.
-        vocabulary: The model's words.
+        vocabulary: Turns ids into the words of a caption.
         options: How captions are searched.
         batch_size: Images captioned at once by one process.
     """
@@ -63,10 +63,10 @@ class Evaluator:
         """Caption every image of a split that has references, and score all captions together.
 
         Args:
-            model: Unwrapped, on the device.
+            model: The network without the wrapper of `accelerator.prepare`, on the device.
             split: What to caption.
-            source: Features of the split.
-            metrics: Names of the metrics.
+            source: Gives the features of the split.
+            metrics: Metrics to compute, by the names in `capdist.metrics.coco.SCORERS`.
 
         Raises:
             DataError: if the split has no references, or a photo cannot be read.
@@ -82,7 +82,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def caption(self, model: CaptionModel, split: Split, source: FeatureSource) -> dict[str, str]:
-        """Return the caption of each image with references by image id, in every process, in the split's order."""
+        """Caption each image that has references. Every process gets all captions by image id, in the split's order."""
         was_training = model.training
         model.eval()
         mine: list[tuple[int, str]] = []

@@ -27,7 +27,7 @@ def final_report(
     evaluator: Evaluator,
     sources: Mapping[str, FeatureSource],
 ) -> tuple[str, dict[str, Any]]:
-    """Score the run's best model on the split that nothing was chosen on, or on validation, and show it.
+    """Score the run's best model on the held-out split, or else on validation, and show the result.
 
     Returns:
         The split and the metrics, which the model folder then carries.
@@ -53,7 +53,7 @@ def final_report(
 
 
 def constant_baseline(data: PreparedData, split: Split) -> tuple[str, dict[str, Any]]:
-    """Return the most frequent training caption, and what it scores when it is said of every image."""
+    """Return the most frequent training caption, and its scores when every image gets it."""
     counts = Counter(caption for captions in data.splits["train"].references for caption in captions)
     caption = counts.most_common(1)[0][0]
     references = {split.image_ids[row]: split.references[row] for row in split.scored_rows}
@@ -77,7 +77,7 @@ def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Ma
                 row.append(f"{constant[1][key]:.4f}" if key in constant[1] else "-")
             table.add_row(*row)
     console = Console(highlight=False, markup=False, emoji=False)
-    console.print(title)  # a title of the table would be broken to its width
+    console.print(title)  # the table would break its own title at its width
     console.print(table)
     if constant:
         console.print(f"constant caption: “{constant[0]}”")

@@ -1,1 +1,1 @@
-"""Encode each photo once: the store of features, the encoder pass that fills it, and whoever asks for features."""
+"""Encode each photo once: the store of features, the encoder pass that fills it, and the source that reads it."""

@@ -16,7 +16,7 @@ from capdist.errors import DataError
 from capdist.files import write_atomically
 
 Remembered = dict[str, tuple[int, int, int, str]]
-"""By absolute path: bytes, times of the last change of the contents and of the entry in nanoseconds, digest."""
+"""Maps absolute paths to the size in bytes, the times in ns when contents and entry last changed, and the digest."""
 
 _FILE = TypeAdapter(Remembered, config=ConfigDict(strict=True))
 _SETTLED_NS = 2_000_000_000
@@ -26,9 +26,9 @@ def digest_photos(photos: Iterable[Mapping[str, Any]], memory: Path) -> list[str
     """Return the BLAKE2 digest of each photo's bytes, 32 hexadecimal digits.
 
     Args:
-        photos: `path` and/or `bytes` of each, as a `datasets.Image(decode=False)` column gives them.
-        memory: JSON file of digests taken before. Used for photos whose size and times of change are as they were, and
-            updated; a damaged one is made anew. Photos that come as bytes are always digested.
+        photos: Rows with `path` and/or `bytes`, as a `datasets.Image(decode=False)` column gives them.
+        memory: JSON file of known digests. It is used for photos whose size and times of change have not changed, and
+            then updated. A damaged one is replaced. Photos that come as bytes are always digested.
 
     Raises:
         DataError: naming the photo that cannot be read; the digests before it are remembered.
@@ -39,7 +39,7 @@ def digest_photos(photos: Iterable[Mapping[str, Any]], memory: Path) -> list[str
     finally:
         if fresh:
             memory.parent.mkdir(parents=True, exist_ok=True)
-            # Read again: another run may have added its own.
+            # Read again, because another run may have added digests.
             write_atomically(memory, json.dumps(_read(memory) | fresh))
 
 
@@ -49,7 +49,8 @@ def _digest(photo: Mapping[str, Any], known: Remembered, fresh: Remembered) -> s
     path = os.path.abspath(photo["path"])
     try:
         status = os.stat(path)
-        # Copying can keep the time of the contents, and photos of one format the size; nothing keeps the entry's time.
+        # A copy can keep the time of the contents, and another photo can have the same size. Nothing keeps the entry's
+        # time.
         state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if path in known and known[path][:3] == state:
             return known[path][3]
@@ -57,7 +58,7 @@ def _digest(photo: Mapping[str, Any], known: Remembered, fresh: Remembered) -> s
         digest = _digest_bytes(Path(path).read_bytes())
     except OSError as error:
         raise DataError(f"{photo['path']}: {error.strerror}") from None
-    # A file that has just changed may change again without its time telling: clocks of file systems are coarse.
+    # A file that has just changed may change again within the same time stamp: clocks of file systems are coarse.
     if now_ns - status.st_mtime_ns > _SETTLED_NS:
         fresh[path] = (*state, digest)
     return digest

@@ -1,6 +1,6 @@
-"""The encoder pass: encode each photo of a split once, shared out over the processes, into its feature store.
+"""The encoder pass: all processes together encode each photo of a split once, into its feature store.
 
-It can be stopped, or killed, at any time: the next one goes on with the photos that are missing.
+It can be stopped, or killed, at any time. The next pass goes on with the photos that are missing.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Encoded:
     """A split of which every photo is encoded.
 
     Attributes:
-        split: Its name.
-        store: Its features.
-        folder: Of the store.
+        split: Name that the split has in the data.
+        store: Gives the features of all rows.
+        folder: Folder that holds the store.
         unit: What a row is: `photo`, or `view` of one.
-        num_present: Rows that were there before.
-        seconds: That the others took.
+        num_present: Number of rows that an earlier run encoded.
+        seconds: Seconds that the other rows took.
     """
 
     split: str
@@ -79,16 +79,16 @@ def encode_splits(
     """Return the features of splits, encoding the photos that no earlier run has.
 
     Args:
-        accelerator: Of the launch.
-        model: With a frozen encoder, on the device.
-        preprocessing: Of photos.
-        splits: Whose photos.
-        recipe: Of the run; stores lie in `<output_dir>/.features/`, shared by its runs.
+        accelerator: Gives the device and the precision, and shares the photos among processes.
+        model: Network whose frozen encoder is used; it is on the device.
+        preprocessing: Decodes, resizes and normalises photos.
+        splits: Splits whose photos are encoded, by name.
+        recipe: The run's recipe; all runs below `<output_dir>` share the stores in `<output_dir>/.features/`.
 
     Raises:
         DataError: if a photo cannot be read; what was encoded before is kept.
         Stopped: after a signal; likewise.
-        OSError: if the disk has not the space.
+        OSError: if the disk has too little space.
     """
     with StopSignals() as signals:
         encoder = _SplitEncoder(accelerator, model, preprocessing, recipe, signals)
@@ -151,18 +151,18 @@ class _SplitEncoder:
 
     def _describe(self, views: Views) -> dict[str, Any]:
         augmentation = self.recipe.data.model_dump(include={"random_crop", "horizontal_flip", "color_jitter"})
-        # `drawing` counts the ways in which views were drawn by versions of capdist.
+        # `drawing` is a version: it changes when capdist draws views in another way.
         return augmentation | {"count": views.count, "seed": views.seed, "drawing": 2}
 
     def _key(self, split: Split, settings: Mapping[str, Any]) -> str:
         with Progress(f"read {split.name}", len(split.photos), "photo", is_brief=True) as progress:
-            # Cut short by a signal the key is wrong, and not used.
+            # If a signal ends the loop early, the key is wrong, and is not used.
             until_told = takewhile(lambda _: not self.signals.received, progress.each(split.photos))
             return store_key(settings, self.weights, digest_photos(until_told, self.root / "photo_digests.json"))
 
     @contextmanager
     def _claim(self, folder: Path, split: str, num_rows: int, settings: Mapping[str, Any]) -> Iterator[None]:
-        """Hold a store that is whole, waiting for another run that fills it."""
+        """Hold the lock of a whole store; wait if another run fills it."""
         num_cells, channels = self.grid
         shape = {"rows": num_rows, "cells": num_cells, "channels": channels}
         about = {"version": VERSION, "split": split, **shape, **settings}
@@ -204,7 +204,7 @@ class _SplitEncoder:
             try:
                 with writer:
                     error = self._encode_all(batches, num_rounds, writer, progress)
-            except OSError as caught:  # what was encoded last could not be written
+            except OSError as caught:  # the newest features could not be written
                 error = caught
         raise_together(error)
 
@@ -239,7 +239,7 @@ class _SplitEncoder:
         return error
 
     def _encode_next(self, batches: Iterator[tuple[Tensor, Tensor]], writer: StoreWriter, remaining: int) -> int:
-        """Encode this process's next batch; those with fewer photos run out one batch before the others."""
+        """Encode this process's next batch; a process with fewer photos ends one batch before the others."""
         rows, images = next(batches, (None, None))
         if rows is None or images is None:
             return 0

@@ -1,4 +1,4 @@
-"""Features of a split, whether they were stored or are encoded now: nobody else asks which.
+"""Features of a split, whether they were stored or are encoded now; no other module needs to know which.
 
 Shapes: B images, N cells, C channels, S pixels a side.
 """
@@ -32,7 +32,7 @@ class FeatureSource(ABC):
     """Features of the photos of a split.
 
     Attributes:
-        photos: What training batches must carry: `path` and/or `bytes` of each row, or None if they need no photos.
+        photos: What training batches must contain: `path` and/or `bytes` of each row, or None if they need no photos.
     """
 
     photos: Sequence[Mapping[str, Any]] | None
@@ -53,8 +53,8 @@ class FeatureSource(ABC):
 
         Args:
             model: Encodes photos whose features are not stored.
-            rows: Which rows, in this order.
-            batch_size: Most rows at once.
+            rows: Rows of the split to read, in this order.
+            batch_size: How many rows a batch has; the last has fewer.
 
         Raises:
             DataError: naming the photo that cannot be read.
@@ -93,13 +93,13 @@ class StoredFeatures(FeatureSource):
 
 
 class EncodedPhotos(FeatureSource):
-    """Features that the model's encoder makes at the moment they are asked for.
+    """Features that the model's encoder makes when they are asked for.
 
     Args:
-        photos: `path` and/or `bytes` of each row.
+        photos: Have `path` and/or `bytes` of each row.
         preprocessing: What photos go through before the encoder.
         accelerator: Gives the device and the precision of the encoder.
-        num_workers: Loader processes.
+        num_workers: Number of processes that load photos; 0 loads them in this one.
     """
 
     def __init__(
@@ -151,11 +151,11 @@ def feature_sources(
     """Return the source of each split: its store if it has one, else its photos.
 
     Args:
-        splits: By name.
-        stores: By name of the split.
+        splits: Splits that need a source, by name.
+        stores: Stored features by name of the split; a split may lack one.
         preprocessing: What photos go through before the encoder.
-        accelerator: The processes of this launch.
-        num_workers: Loader processes.
+        accelerator: Gives the device, and the precision of the encoder.
+        num_workers: Number of processes that load photos; 0 loads them in this one.
     """
     return {
         name: StoredFeatures(stores[name], accelerator.device)

@@ -1,7 +1,7 @@
-"""The feature store: what a frozen encoder makes of a split, kept on disk and mapped into memory.
+"""The feature store: the features of a split from a frozen encoder, kept on disk and mapped into memory.
 
-A store is a folder: `features.npy`, `done.npy` (1 for each row whose features are safely in the file), `about.json`
-for people, and `.lock`, held by the run that fills it.
+A store is a folder with `features.npy`, `done.npy`, `about.json` for people, and `.lock`, which the run that fills it
+holds. `done.npy` has a 1 for each row whose features are safely in the file.
 
 Shapes: I rows, one an image (or one a view of an image, see `Views`), N cells, C channels.
 """
@@ -33,10 +33,10 @@ _ROWS_HELD_AT_ONCE = 256
 
 
 class FeatureStore:
-    """Features (I, N, C) in float16. Memory-mapped: processes share one copy, the system evicts it.
+    """Features (I, N, C) in float16, mapped into memory: processes share one copy, and the system may evict it.
 
     Args:
-        array: As `numpy.load(..., mmap_mode="r")` gives it.
+        array: Array (I, N, C), as `numpy.load(..., mmap_mode="r")` gives it.
     """
 
     def __init__(self, array: NDArray[np.float16]) -> None:
@@ -48,9 +48,9 @@ class FeatureStore:
         return len(self.array)
 
     def features(self, rows: Tensor) -> Tensor:
-        """Return float32 features (B, N, C) of rows (B,), which lie on the CPU; on the CUDA device of `hold`, if any.
+        """Return float32 features (B, N, C) of rows (B,), on the CUDA device of `hold`, or else on the CPU.
 
-        They are a copy.
+        Rows are on the CPU. The features are a copy.
         """
         if self._held is not None:
             return self._held[rows.to(self._device, non_blocking=True)].float()
@@ -61,7 +61,7 @@ class FeatureStore:
     def hold(self, device: torch.device) -> bool:
         """Give features on a device from now on, and keep all of them in its memory if they fit.
 
-        Only CUDA devices hold features; with any other the store stays as it is.
+        Only CUDA devices hold features; any other device changes nothing.
 
         Returns:
             Whether the device holds them.
@@ -78,7 +78,7 @@ class FeatureStore:
 
     def _pinned(self, rows: Tensor) -> Tensor:
         buffer = torch.empty((len(rows), *self.array.shape[1:]), dtype=torch.float16, pin_memory=True)
-        # "clip", because the default mode makes a copy of its own before it fills `out`.
+        # "clip", because the default mode makes another copy before it fills `out`.
         np.take(self.array, rows.numpy(), axis=0, out=buffer.numpy(), mode="clip")
         return buffer
 
@@ -89,17 +89,17 @@ class FeatureStore:
 
 
 def fits(num_bytes: int, free_bytes: int) -> bool:
-    """Return whether features may take that much of a device's free memory: the other half is for training."""
+    """Return whether features fit into half of a device's free memory; the other half is for training."""
     return num_bytes < free_bytes / 2
 
 
 class StoreWriter:
     """Fills rows of a store. A row is marked done only once its features are safely in the file.
 
-    Several processes may each fill their own rows. Leaving the context flushes, whatever happened in it.
+    Several processes may each fill their own rows. Leaving the context flushes, even after an error.
 
     Args:
-        folder: Of a store whose lock this run holds.
+        folder: Folder that holds the store; this run must hold its lock.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,24 +118,24 @@ class StoreWriter:
             self._done.close()
 
     def put(self, rows: Tensor, features: Tensor) -> None:
-        """Write features (B, N, C) of rows (B,), and from time to time `flush`.
+        """Write features (B, N, C) of rows (B,), and `flush` from time to time.
 
         Raises:
             OSError: if the disk fails.
         """
         self._features.write(rows.numpy(), features.to(torch.float16).cpu().numpy())
         self._unmarked.append(rows.numpy())
-        # Waiting for the disk after each batch would cost more than encoding a few of them again.
+        # Waiting for the disk after each batch would cost more than encoding a few batches again.
         if time.monotonic() - self._flushed_s >= FLUSH_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
-        """Wait until what was put is on the disk, and mark it done.
+        """Wait until all rows that were put are on the disk, and mark them done.
 
         Raises:
             OSError: if the disk fails.
         """
-        rows, self._unmarked = self._unmarked, []  # if this fails they never will be: a system reports a loss once
+        rows, self._unmarked = self._unmarked, []  # if this fails, they never are: a system reports a loss once
         if rows:
             self._features.flush()
             marked = np.concatenate(rows)
@@ -145,10 +145,11 @@ class StoreWriter:
 
 
 class _RowFile:
-    """Rows of a `.npy` file, written where they belong.
+    """Writes rows of a `.npy` file at their places.
 
-    Not through a map: a machine writes whole pages of it back, and on a shared disk with them its idea of the rows
-    beside its own; and where a disk fails, a map kills the process instead of raising an error.
+    It does not use a memory map, for two reasons. A machine writes whole pages of a map back; on a shared disk these
+    may hold outdated copies of rows that another machine wrote. And if a disk fails, a map kills the process instead of
+    raising an error.
     """
 
     def __init__(self, path: Path) -> None:
@@ -173,13 +174,13 @@ class _RowFile:
 def claim_store(
     folder: Path, shape: tuple[int, int, int], about: Mapping[str, Any], warn: Callable[[str], None]
 ) -> TextIO | None:
-    """Take the lock of a store, without waiting. A store that is missing or damaged is made anew first.
+    """Take the lock of a store, without waiting. First replace a store that is missing or damaged.
 
     Args:
-        folder: Of the store.
-        shape: (I, N, C).
-        about: For people; JSON types.
-        warn: Told of a damaged store.
+        folder: Folder that holds the store.
+        shape: (I, N, C) that the features must have.
+        about: Describes the features to people, in JSON types.
+        warn: Called with one line about a damaged store.
 
     Returns:
         The lock, to be closed when all rows are done; None while another run holds it.
@@ -189,7 +190,7 @@ def claim_store(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / LOCK).open("a") as gate:
-        fcntl.flock(gate, fcntl.LOCK_EX)  # nobody else makes or removes a store meanwhile
+        fcntl.flock(gate, fcntl.LOCK_EX)  # so that nobody else makes or removes a store at the same time
         for half_made in folder.parent.glob(".*.part"):
             shutil.rmtree(half_made, ignore_errors=True)
         if not folder.exists():
@@ -206,15 +207,15 @@ def claim_store(
 
 
 def create_store(folder: Path, shape: tuple[int, int, int], about: Mapping[str, Any]) -> None:
-    """Make a store without any row done; it appears whole or not at all.
+    """Make a store in which no row is done; it appears whole or not at all.
 
     Args:
-        folder: Of the store; must not be there.
-        shape: (I, N, C).
-        about: For people; JSON types.
+        folder: Folder to make; it must not exist.
+        shape: (I, N, C) of the features.
+        about: Describes the features to people, in JSON types.
 
     Raises:
-        OSError: if the disk has not the space for all features; nothing is left behind.
+        OSError: if the disk has too little space for all features; nothing is left behind.
     """
     with staged_folder(folder, _staging(folder)) as staging:
         _allocate(staging / FEATURES, shape, np.float16)
@@ -234,7 +235,7 @@ def _staging(folder: Path) -> Path:
 
 def _allocate(path: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    # Take the space now: on a full disk a write through the map would kill the process without a word.
+    # Reserve the space now: on a full disk a write through the map would kill the process without a message.
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -249,7 +250,7 @@ def find_damage(folder: Path, shape: tuple[int, int, int]) -> str | None:
     for name, expected_shape, dtype in files:
         try:
             array = np.lib.format.open_memmap(folder / name, mode="r")
-        except Exception as error:  # numpy's parser of headers raises more kinds than it says
+        except Exception as error:  # numpy's parser of headers raises more kinds of errors than it documents
             return f"{folder / name}: {error}"
         if array.shape != expected_shape or array.dtype != dtype:
             return f"{folder / name}: holds {array.dtype} {array.shape}, should be {np.dtype(dtype)} {expected_shape}"
@@ -274,7 +275,7 @@ def store_key(settings: Mapping[str, Any], weights: str, photos: Iterable[str]) 
     """Return a name that changes with anything the features depend on.
 
     Args:
-        settings: Of encoder, preprocessing and views, JSON types.
+        settings: What encoder, preprocessing and views are set to, in JSON types.
         weights: `weights_digest` of the encoder.
         photos: Digest of each photo of the split, as `digest_photos` gives them.
     """

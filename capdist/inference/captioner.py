@@ -25,9 +25,9 @@ class Caption:
     """A caption of a photo.
 
     Attributes:
-        text: As a person would write it.
+        text: The caption as a person would write it.
         log_probability: Sum over its words and `<eos>`, natural logarithm.
-        words: The tokens that were said.
+        words: The tokens that the model wrote.
         attention: (words, cells) what each word looked at, row by row of the grid; None unless asked for.
     """
 
@@ -38,18 +38,18 @@ class Caption:
 
 
 class Captioner:
-    """Captions photos with a trained model, or with several that write each caption together.
+    """Captions photos with a trained model, or with an ensemble of several.
 
     Args:
-        trained: The model and what it needs; or several, the mean of whose probabilities counts. The first one's are
-            the search settings and the longest caption.
+        trained: The model and what it needs, or several models whose probabilities are averaged. The first one gives
+            the search settings and the maximum length.
         device: Where it runs; None = a GPU if there is one.
-        names: What to call several models in errors; none = by number.
+        names: Name several models in errors; if empty, they are numbered.
 
     Attributes:
         members: The models and what they need.
-        trained: The first of them.
-        model: The network, or the ensemble.
+        trained: The model that gives vocabulary, preprocessing and search settings: the first.
+        model: Encodes photos and writes captions: the network, or the ensemble.
 
     Raises:
         UsageError: if there is no model.
@@ -74,7 +74,7 @@ class Captioner:
         self.trained = self.members[0]
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         networks = [member.model for member in self.members]
-        # Whoever encodes and searches with it need not know which of the two it is.
+        # Code that encodes and searches with it need not know which of the two it is.
         model: Any = networks[0] if len(networks) == 1 else Ensemble(networks, names)
         self.model = model.to(self.device).eval()
 
@@ -89,10 +89,10 @@ class Captioner:
 
         Args:
             folder_or_hub_id: What to load.
-            device: As `Captioner`.
-            image_size: Squash photos to so many pixels a side; None = as the model says. What was trained on random
-                crops, where things are larger than in whole photos, captions larger photos better (Touvron et al.
-                2019, Fixing the train-test resolution discrepancy).
+            device: Where the model runs; None = a GPU if there is one.
+            image_size: Squash photos to this many pixels a side; None = as the model says. Things look larger in random
+                crops than in whole photos. So a model that was trained on crops captions larger photos better (Touvron
+                et al. 2019, Fixing the train-test resolution discrepancy).
 
         Raises:
             CheckpointError, StorageError: as `load_pretrained`.
@@ -110,10 +110,10 @@ class Captioner:
     def options(self, **changes: Any) -> SearchOptions:
         """Return how the model searches, with some of its own settings replaced.
 
-        A setting of the model that does nothing with so few beams is left out.
+        A setting of the model that has no effect with this number of beams is left out.
 
         Args:
-            changes: Settings by name, see `SearchSettings.changed`.
+            changes: Replace settings of the same name, see `SearchSettings.changed`.
 
         Raises:
             UsageError: as `SearchSettings.changed` and `SearchOptions`, or if a change does nothing.
@@ -136,9 +136,10 @@ class Captioner:
 
         Args:
             images: One photo or a sequence: paths, PIL images, or arrays or tensors, uint8, (height, width, 3).
-            batch_size: Photos at once.
+            batch_size: How many photos are captioned at once; more take more memory.
             return_attention: Also return what each word looked at.
-            search: Settings of `SearchSettings` by name, such as `beam_size=3`; others are as the model was validated.
+            search: Settings of `SearchSettings` by name, such as `beam_size=3`; others keep the values that the model
+                was validated with.
 
         Returns:
             One caption a photo, in their order.
@@ -170,7 +171,7 @@ class Captioner:
 
 
 def _check_alike(members: Sequence[TrainedModel], names: Sequence[str]) -> None:
-    """Refuse members that say other words than the first, or see other photos, one line each."""
+    """Refuse members with another vocabulary or preprocessing than the first, with a line for each difference."""
     first, mistakes = members[0], []
     for name, member in zip(names, members, strict=True):
         if member.vocabulary.words != first.vocabulary.words:

@@ -28,10 +28,10 @@ def save_samples(photos: Sequence[Image.Image], titles: Sequence[str], path: Pat
     """Save photos in rows of four, each with its caption below.
 
     Args:
-        photos: RGB.
-        titles: What stands below each.
-        path: PNG to write.
-        title: Of the picture.
+        photos: RGB, each drawn to the same size.
+        titles: Text to write below each photo.
+        path: PNG file to write.
+        title: The line that is written above all photos.
     """
     columns = min(4, len(photos))
     figure, axes = _figure(columns, math.ceil(len(photos) / columns), 2.9, 3.5)
@@ -43,13 +43,13 @@ def save_samples(photos: Sequence[Image.Image], titles: Sequence[str], path: Pat
 
 
 def save_attention(photo: Image.Image, words: Sequence[str], attention: Tensor, path: Path) -> None:
-    """Save a photo once a word, bright where the word looked.
+    """Save a copy of a photo for each word, bright where the word looked.
 
     Args:
-        photo: RGB, as large as it came.
-        words: Of the caption.
+        photo: RGB, of any size; it is shown with at most 384 pixels a side.
+        words: The words of the caption; each gets a picture.
         attention: (words, cells), the cells of a square grid row by row.
-        path: PNG to write.
+        path: PNG file to write.
     """
     side = math.isqrt(attention.shape[1])
     columns = min(6, len(words) + 1)

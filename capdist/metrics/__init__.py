@@ -2,8 +2,7 @@
 
 `load(name)` gives a metric of the `evaluate` library; `CaptionScorer` scores a split keyed by image id
 without that library. Both go through the reference scorers of `pycocoevalcap` and the tokeniser in
-`capdist.metrics.ptb`. Importing this package imports none of the three libraries: each is loaded where it is
-used.
+`capdist.metrics.ptb`. Importing this package imports none of these libraries; each is loaded where it is used.
 """
 
 from __future__ import annotations

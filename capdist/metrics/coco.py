@@ -1,12 +1,11 @@
 """Corpus scores of captions that are already split into words, by the reference scorers of `pycocoevalcap`.
 
-Plain functions, so that both the `evaluate` modules and `CaptionScorer` score through the same few lines.
-Each takes `hypotheses`, one caption an image, and `references`, at least one caption an image, in the same
-order; a caption is a list of tokens and may be empty (it scores, badly). Each returns a dictionary of named
-scores.
+They are plain functions, so that the `evaluate` modules and `CaptionScorer` share the same few lines. Each takes
+`hypotheses`, one caption an image, and `references`, at least one caption an image, in the same order. A caption is a
+list of tokens; an empty one is allowed and scores badly. Each function returns a dictionary of named scores.
 
-The scorers are the ones behind published figures: corpus BLEU against the closest reference length (Papineni
-et al. 2002), ROUGE-L with beta 1.2 (Lin 2004), CIDEr-D (Vedantam et al. 2015) and METEOR 1.5 (Denkowski and
+Published figures come from these scorers. They are corpus BLEU against the closest reference length (Papineni et al.
+2002) and ROUGE-L with beta 1.2 (Lin 2004). The others are CIDEr-D (Vedantam et al. 2015) and METEOR 1.5 (Denkowski and
 Lavie 2014).
 """
 
@@ -38,13 +37,13 @@ def score_rouge_l(hypotheses: Sequence[Tokens], references: Sequence[Sequence[To
 def score_cider(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Scores:
     """Return `cider`, 0..10, the mean over images of CIDEr-D.
 
-    Words are weighed by how few images mention them, so the score of one image alone is always 0 and scores
-    of different sets of images do not compare.
+    A word weighs more the fewer images mention it. So the score of one image alone is always 0, and scores of different
+    sets of images cannot be compared.
     """
     from pycocoevalcap.cider.cider import Cider
 
     if not any(caption for captions in references for caption in captions):
-        return {"cider": 0.0}  # the reference takes the largest document frequency, of which there is none
+        return {"cider": 0.0}  # the reference would take the largest of no document frequencies, and fail
     score, _ = Cider().compute_score(*_tables(hypotheses, references))
     return {"cider": float(score)}
 

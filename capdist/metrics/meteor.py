@@ -1,8 +1,9 @@
-"""METEOR 1.5, the one metric that needs Java, run so that it can be missing or fail but never hang.
+"""METEOR 1.5, the only metric that needs Java. It may be missing or fail, but it never hangs.
 
-`pycocoevalcap` talks to the METEOR jar over pipes. Left alone, a Java that dies makes it wait for ever on its
-own lock, a German locale makes it read `0,5` as no number, an ASCII locale spoils accents, and a full error
-pipe stops both sides. The process is therefore started here, with a fixed locale, and always ended here.
+`pycocoevalcap` talks to the METEOR jar over pipes, and four things can go wrong. If Java dies, it waits endlessly for
+its own lock. With a German locale Java writes `0,5`, which it cannot read as a number. An ASCII locale spoils accents,
+and a full error pipe stops both sides. This module therefore starts the process itself, with a fixed locale, and always
+ends it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def meteor(
 
     Args:
         references: For each image its captions, tokens joined by spaces.
-        hypotheses: For each image a list of one caption.
+        hypotheses: Maps each image to a list of one caption, tokens joined by spaces.
         seconds: How long Java may take; by default 300 and a tenth for each image.
 
     Returns:
@@ -47,9 +48,9 @@ def meteor(
             return None, f"{java} did not start: {error.strerror}"
         try:
             score = scorer.score_within(seconds, _clean(references), _clean(hypotheses))
-            # All captions empty: the jar divides nothing by nothing.
+            # If all captions are empty, the jar divides 0 by 0.
             return (score if math.isfinite(score) else 0.0), None
-        except (OSError, ValueError):  # a pipe that broke, or an end of file where a number should stand
+        except (OSError, ValueError):  # a broken pipe, or an end of file instead of a number
             return None, scorer.failure(seconds)
         finally:
             scorer.close()
@@ -85,7 +86,7 @@ class _Meteor(reference.Meteor):
         return float(score)
 
     def failure(self, seconds: float) -> str:
-        """Return in one line why there was no score: too slow, or the first thing that Java complained of."""
+        """Return in one line why there was no score: too slow, or the first error that Java printed."""
         if self.timed_out:
             return f"java gave no METEOR score within {seconds:.0f} s"
         self.close()
@@ -100,7 +101,7 @@ class _Meteor(reference.Meteor):
             self.meteor_p.kill()
         self.meteor_p.wait()
         for pipe in filter(None, (self.meteor_p.stdin, self.meteor_p.stdout)):
-            with contextlib.suppress(OSError):  # what was still to be written has nowhere to go
+            with contextlib.suppress(OSError):  # the rest of the output cannot be written any more
                 pipe.close()
 
     def _time_out(self) -> None:
@@ -108,11 +109,11 @@ class _Meteor(reference.Meteor):
         self.meteor_p.kill()
 
     def __del__(self) -> None:
-        """Do nothing: the parent's would wait for a lock that a failed conversation never gave back."""
+        """Do nothing: the parent's method would wait for a lock that a failed conversation never released."""
 
 
 def _clean(captions: dict[int, list[str]]) -> dict[int, list[str]]:
-    """Return the captions without what the line protocol of the jar would take for its own."""
+    """Return the captions without characters that have a meaning in the line protocol of the jar."""
     return {
         image: [" ".join(caption.replace("|||", " ").split()) for caption in lines] for image, lines in captions.items()
     }

@@ -24,7 +24,7 @@ Args:
 
 
 class CaptionMetric(evaluate.Metric):
-    """A caption metric of the whole corpus; a subclass says which by its `scorer`."""
+    """A caption metric of the whole corpus; the `scorer` of a subclass computes it."""
 
     scorer: str
     description: str
@@ -43,7 +43,7 @@ class CaptionMetric(evaluate.Metric):
         )
 
     def _build_data_dir(self) -> str:
-        return ""  # the parent makes a folder in the user's cache, which nothing would ever write to
+        return ""  # the parent makes a folder in the user's cache, which would stay empty
 
     def add_batch(
         self,

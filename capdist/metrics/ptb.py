@@ -1,14 +1,14 @@
 """The tokeniser of the COCO caption tools, without Java.
 
-Published caption scores are computed on text that went through the Stanford `PTBTokenizer` (CoreNLP 3.4.1,
-options `-preserveLines -lowerCase`) and then lost the tokens in `PUNCTUATIONS`, as `pycocoevalcap` does. A
-full stop left in is worth two BLEU points, so a score is only comparable when its tokens are these. This
-module writes the rules that matter for English captions as one regular expression, from observing what the
-Java tool does; where the two are known to differ (long e-mail or file names, telephone numbers, scripts other
-than Latin) no caption is lost, only split in another place.
+For published scores `pycocoevalcap` splits captions with the Stanford `PTBTokenizer` (CoreNLP 3.4.1, options
+`-preserveLines -lowerCase`). It then drops the tokens in `PUNCTUATIONS`. A full stop that is not dropped is worth two
+BLEU points, so only scores over the same tokens can be compared. This module writes the rules that matter for English
+captions as one regular expression; they were found by observing the Java tool. The two are known to differ in long
+e-mail or file names, telephone numbers, and scripts other than Latin. There no caption is lost, only split in another
+place.
 
-Faithful to a fault: brackets survive as `-lrb-` and `-rrb-`, because the reference lists them in capitals but
-lower-cases first, and `!!` survives because only single marks are listed.
+Faults of the reference are kept. Brackets survive as `-lrb-` and `-rrb-`, because the reference lists them in capitals
+but lower-cases first. `!!` survives because only single marks are listed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import re
 from collections.abc import Iterator
 
 TOKENISER = "PTB rules 1 (as Stanford PTBTokenizer 3.4.1), lower case, punctuation removed"
-"""What a report says next to its scores; the number changes whenever a caption may be split differently."""
+"""What a report says next to its scores; the number changes with every change of how captions are split."""
 
 PUNCTUATIONS = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 """Tokens that are dropped. The reference lists `-LRB-` too, which lower-cased text never holds."""
 
 _BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 
-# Two words written as one; the treebank has them apart.
+# Two words written as one, which the treebank separates.
 _ASSIMILATIONS = {
     "cannot": ["can", "not"],
     "gimme": ["gim", "me"],
@@ -72,7 +72,7 @@ def _either(words: str) -> str:
     return "|".join(sorted(words.split(), key=len, reverse=True))
 
 
-# Tried from top to bottom at each position, so a longer reading stands above a shorter one.
+# Tried from top to bottom at each position, so a longer reading comes before a shorter one.
 _TOKEN = re.compile(
     rf"""
       (?P<whole>
@@ -106,7 +106,8 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 
-# Most captions: letters and spaces, at most a full stop that stands alone. Read here, several times as fast.
+# Most captions have only letters, spaces and perhaps a separate full stop. This pattern reads them several times as
+# fast.
 _PLAIN = re.compile(r"[A-Za-z ]*(?: \.\s*)?")
 
 
@@ -146,7 +147,7 @@ def _split(word: str) -> list[str]:
 
 def _mark(token: str) -> Iterator[str]:
     if token[0] == "." or token == '"' or (token[0] == "-" and token.strip("-") == ""):
-        return  # however many there are, all readings of them are in the list of punctuation
+        return  # for any number of them, each reading is in the list of punctuation
     # The Java lexer reads no emoji and no control characters.
     if ord(token[0]) <= 0xFFFF and token.isprintable():
         yield "".join(_BRACKETS.get(character, character) for character in token)

@@ -1,9 +1,9 @@
 """Rewards of single captions, fast enough to train on: CIDEr-D and sentence BLEU-4 of token ids.
 
 Self-critical sequence training (Rennie et al. 2017) scores every sampled caption at every step. The scorers of
-`pycocoevalcap` would take most of that step, as they count the words of the references anew with each call and
-loop over strings. Here references are counted once into sorted tables of integers, and all captions of a call
-are looked up together; the scores are those of the reference scorers.
+`pycocoevalcap` count the words of the references again with each call and loop over strings, which would take most of
+the step. This module counts references once into sorted tables of integers, and looks up all captions of a call
+together. The scores are those of the reference scorers.
 
 Shapes: M images, C reference captions of all images, R rows (captions to score), T tokens a row at most.
 """
@@ -27,7 +27,7 @@ _TINY = 1e-15
 _SMALL = 1e-9
 
 # Token ids lie below, so that an n-gram is (number of its first n - 1 tokens) * _BASE + its last token. That stays
-# below 2 ** 63 for four thousand million different n-grams, whatever n and the size of the vocabulary.
+# below 2 ** 63 for four thousand million different n-grams, for any n and any size of the vocabulary.
 _BASE = 2**31
 
 
@@ -60,11 +60,11 @@ class _Grams(NamedTuple):
 class CaptionReward:
     """The reward of a caption: `cider_weight` * CIDEr-D + `bleu_weight` * sentence BLEU-4.
 
-    Scores equal those of `pycocoevalcap` where its corpus is `references`: rarity of words is counted in all
-    images given here (one without captions counts as an image that mentions no word), never in the captions
-    scored. A caption's reward does not depend on what else is scored in the call. An <eos> counts as a word if
-    the caller leaves it in both the references and the captions, which teaches a captioner to end (a reward that
-    leaves it out is known to grow captions that break off: "a dog on a").
+    Scores equal those of `pycocoevalcap` with `references` as its corpus. The rarity of words is counted in all images
+    given here, never in the captions scored. An image without captions counts as one that mentions no word. A caption's
+    reward does not depend on the other captions of the call. An <eos> counts as a word if the caller leaves it in both
+    the references and the captions, which teaches a captioner to end. A reward without it is known to produce captions
+    that break off, such as "a dog on a".
 
     Args:
         references: For each image its captions, each an array (tokens,) of ids from 0 below 2**31. A word
@@ -130,8 +130,8 @@ class CaptionReward:
         images = len(self._captions)
         pairs, first, captions = np.unique(pair, return_index=True, return_counts=True)
         mentions = np.bincount(pairs % max(1, len(grams)), minlength=len(grams))
-        # One logarithm, of exactly 1 for what every image mentions: two might differ by a rounding error, and a
-        # caption of such words alone would then be as alike as the error is to itself.
+        # One logarithm, of exactly 1 for what every image mentions. A difference of two logarithms might leave a
+        # rounding error, and captions of such words alone would then be compared by that error.
         rarity: Floats = np.log(images / np.append(mentions, 1))
         image, gram = np.divmod(pair, max(1, len(grams)))
         weight = times * rarity[gram]
@@ -181,7 +181,8 @@ class CaptionReward:
             comparison = first[grams.row[known]][shared] + references.rank[at]
             dots = np.bincount(comparison, products, minlength=len(row))
             cosines += np.divide(dots, norms, out=np.zeros(len(row)), where=norms > 0)
-        # The scorer compares numbers of bigrams, which differ as lengths do; an empty caption has no cosine anyway.
+        # The scorer compares numbers of bigrams, which differ by as much as lengths. An empty caption has no cosine
+        # anyway.
         apart = lengths[row] - self._lengths[caption]
         similarities = cosines / _LONGEST * np.exp(-(apart**2) / (2 * _SIGMA**2))
         sums = np.bincount(row, similarities, minlength=len(images))
@@ -199,8 +200,8 @@ class CaptionReward:
             correct = np.bincount(grams.row[known], matches, minlength=len(images))
             product *= (correct + _TINY) / (np.maximum(lengths - n + 1, 0) + _SMALL)
         row, caption = self._compare(images)
-        # The least of (difference, length), as one number: of two lengths equally close the shorter counts.
-        # Where there are no references it stays the largest number, a length whose penalty leaves 0.
+        # The least of (difference, length), as one number: of two equally close lengths the shorter counts. Where there
+        # are no references it stays the largest number, a length whose penalty leaves 0.
         closest = np.full(len(images), np.iinfo(np.int64).max)
         np.minimum.at(closest, row, np.abs(self._lengths[caption] - lengths[row]) * _BASE + self._lengths[caption])
         ratio = (lengths + _TINY) / (closest % _BASE + _SMALL)

@@ -1,4 +1,4 @@
-"""Scores of a whole split, keyed by image id, however the captions came together."""
+"""Scores of a whole split, keyed by image id; captions may come in any order and from any process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class CaptionScorer:
         """Score the captions of all images against their references.
 
         Args:
-            names: Which metrics: `bleu`, `rouge_l`, `cider`, `meteor`.
+            names: Metrics to compute: `bleu`, `rouge_l`, `cider`, `meteor`.
 
         Returns:
             `bleu_1` to `bleu_4`, `rouge_l` and `meteor` in 0..1, `cider` in 0..10. Where Java is missing or

@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from capdist.models.fast.step_products import StepSigmoidDot
 
 Look = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Takes the queries of rows; returns their contexts, and weights over the cells that sum to one."""
+"""Takes the queries of rows; returns their contexts, and their weights over the cells, which sum to one."""
 
 Score = Callable[[Tensor], Tensor]
 """Takes the queries (r, A) of the first r rows; returns the scores of their cells (r, N)."""
 
 
 class Memory(NamedTuple):
-    """What a search looks at, computed once an image however many words of however many beams look at it.
+    """What a search looks at. It is computed once for each image and serves all words of all beams.
 
     Attributes:
         features: (B, N, C), whose weighted mean is the context.
-        keys: (B, N, A), what queries are compared with. How they are scaled is private to the attention.
+        keys: (B, N, A), which queries are compared with. How they are scaled is private to the attention.
     """
 
     features: Tensor
@@ -39,13 +39,13 @@ class Attention(nn.Module, ABC):
     """Soft attention over cells. A subclass says how well a query fits a key.
 
     Args:
-        feature_size: C.
-        hidden_size: H.
-        attention_size: A.
+        feature_size: C, the number of channels of a cell.
+        hidden_size: H, the width of the state that queries are made of.
+        attention_size: A, the number of values in a key or a query.
 
     Attributes:
-        query: Makes a query (A,) of a state (H,). The decoder multiplies it together with its own layers of the state,
-            so it must be an `nn.Linear` with a bias.
+        query: Makes a query (A,) of a state (H,). The decoder joins it with its own layers of the state into one
+            product, so it must be an `nn.Linear` with a bias.
     """
 
     query: nn.Linear
@@ -92,8 +92,8 @@ class Attention(nn.Module, ABC):
         image, and neither are their gradients.
 
         Args:
-            memory: Of the images.
-            rows: (B·R,) the caption that each row reads; the captions of an image have neighbouring numbers.
+            memory: What `memory` returned for the B images.
+            rows: (B·R,) number of the caption that each row reads; the captions of an image have neighbouring numbers.
         """
         features, keys = memory
         num_captions = len(rows) // len(features)

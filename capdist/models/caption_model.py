@@ -24,14 +24,14 @@ Rewrite = Callable[[Decoder[Any], Tensor, Tensor, Sequence[int]], Tensor]
 
 
 class Output(NamedTuple):
-    """What the network makes of a batch; an objective makes a loss of it.
+    """What the network computes from a batch; an objective turns it into a loss.
 
     Attributes:
         logits: (W, V) of the next word, at least float32, one row for each word that was read.
         words: (W,) where in the captions (B·R, T), flattened, each of these words lies.
         attention: (B·R, N) attention that each cell got, summed over the words of a caption; None if the decoder does
-            not tell.
-        word_presence: (B, V) logits of whether the captions of an image have a word, or None without a word head.
+            not report it.
+        word_presence: (B, V) logits of whether the captions of an image contain a word, or None without a word head.
         cell_copies: How many cells of the published grid each of the N cells counts for, see `Encoder.repeats`.
     """
 
@@ -43,14 +43,14 @@ class Output(NamedTuple):
 
 
 class CaptionModel(nn.Module):
-    """Photo in, words out.
+    """The whole network, from photos to words.
 
-    `capdist.decoding` searches with it, too: `init_state`, `step`, `reorder`, `select`.
+    `capdist.decoding` searches with `init_state`, `step`, `reorder` and `select`.
 
     Args:
-        encoder: Makes features of photos.
-        decoder: Makes words of features; its feature size is that of the projection if there is one.
-        projection: Width of a 1x1 convolution over the features, or None.
+        encoder: Turns photos into features.
+        decoder: Turns features into words; its feature size is that of the projection if there is one.
+        projection: Number of channels that a 1x1 convolution makes of the features; None = no convolution.
 
     Attributes:
         word_head: A layer that only training uses, see `add_word_head`.
@@ -68,8 +68,8 @@ class CaptionModel(nn.Module):
     def add_word_head(self, dropout: float) -> None:
         """Add a layer that predicts, from the mean of the features, which words the captions of an image have.
 
-        This auxiliary task makes features hold what captions speak of: the attributes of Wu et al., What Value Do
-        Explicit High Level Concepts Have in Vision to Language Problems? (2016), learned jointly instead of before.
+        This auxiliary task makes features hold what captions mention. It learns the attributes of Wu et al. (2016),
+        What Value Do Explicit High Level Concepts Have in Vision to Language Problems?, jointly instead of beforehand.
 
         Args:
             dropout: Share of the mean feature that is dropped in training.
@@ -77,12 +77,12 @@ class CaptionModel(nn.Module):
         width = self.encoder.channels if isinstance(self.projection, nn.Identity) else self.projection.out_features
         self.word_head = nn.Linear(width, self.decoder.head.out_features)
         self._word_head_dropout = dropout
-        # Few words of a vocabulary are said of an image: begin with one in a hundred.
+        # Captions of an image have few words of the vocabulary: begin with one in a hundred.
         nn.init.constant_(self.word_head.bias, math.log(0.01 / 0.99))
 
     @contextmanager
     def without_word_head(self) -> Iterator[None]:
-        """Leave out, within the context, what captioning does not need."""
+        """Remove the word head within the context, because captioning does not need it."""
         head, self.word_head = self.word_head, None
         try:
             yield
@@ -151,7 +151,7 @@ class CaptionModel(nn.Module):
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
-    # A loss sums over words, which needs float32 even where the step is computed in less.
+    # A loss sums over words, which needs float32 even if the step has a lower precision.
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -161,11 +161,11 @@ def build_model(
     """Make the network of a recipe.
 
     Args:
-        encoder: The recipe's section.
-        decoder: The recipe's section.
-        vocab_size: V.
+        encoder: Chooses the backbone, its weights and the grid.
+        decoder: Chooses the decoder and its sizes.
+        vocab_size: V, the number of words including special tokens.
         pad_id: Id of `<pad>`.
-        load_weights: False leaves the encoder's weights to be loaded with the rest of a saved model.
+        load_weights: Whether to load the encoder's weights; False if a saved model will bring them.
 
     Raises:
         UsageError, CheckpointError, StorageError: as `build_backbone`.

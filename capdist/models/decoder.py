@@ -1,4 +1,4 @@
-"""The contract of a decoder: what training and search ask of the network that turns features into words.
+"""The contract of a decoder: what training and search need from the network that turns features into words.
 
 A new decoder is one file with a subclass of `Decoder`, a section of recipe keys, and a line in
 `capdist.models.DECODERS`.
@@ -19,13 +19,13 @@ State = TypeVar("State")
 
 
 class Reading(NamedTuple):
-    """What a decoder makes of whole captions.
+    """What a decoder computes from whole captions.
 
     Attributes:
         logits: (W, V) of the next word, one row for each of the W words that were read, in any order.
         words: (W,) where in the captions (B·R, T), flattened, each of these words lies.
         attention: (B·R, N) attention that each cell got, summed over the words of a caption; None if the decoder does
-            not tell.
+            not report it.
     """
 
     logits: Tensor
@@ -39,11 +39,11 @@ class Decoder(nn.Module, ABC, Generic[State]):
     Training calls `read` with whole captions. Search calls `init_state`, then `step` for each word, and between words
     `reorder` and `select`; it never looks into a state. Both must give the same logits for the same words.
 
-    A subclass takes its section of the recipe, and by keyword the sizes that the section does not know:
-    `(section, *, feature_size: int, vocab_size: int, pad_id: int)` for C, V and the id of `<pad>`.
+    A subclass takes its section of the recipe, and as keywords the sizes that the section does not have: C, V and the
+    id of `<pad>`. Its signature is `(section, *, feature_size: int, vocab_size: int, pad_id: int)`.
 
     Attributes:
-        head: Makes logits (V,) of the decoder's last layer.
+        head: Turns the decoder's last layer into logits (V,).
     """
 
     head: nn.Linear
@@ -68,8 +68,8 @@ class Decoder(nn.Module, ABC, Generic[State]):
         """Read one word of each row.
 
         Args:
-            tokens: (B, R) ids of the words said last; `<bos>` at first.
-            state: The state of these rows.
+            tokens: (B, R) ids of the words written last; `<bos>` at first.
+            state: State that the last call returned for these rows.
 
         Returns:
             Logits (B, R, V) of the next word, attention (B, R, N), and the new state.
@@ -85,12 +85,12 @@ class Decoder(nn.Module, ABC, Generic[State]):
 
     @torch.no_grad()
     def sharpen(self, temperature: float) -> None:
-        """Divide the logits by a temperature, for good: below 1 the decoder becomes surer of what it prefers."""
+        """Divide the logits by a temperature, permanently: below 1 the distribution becomes sharper."""
         self.head.weight.div_(temperature)
         self.head.bias.div_(temperature)
 
 
 def rows_of(values: Tensor, parents: Tensor) -> Tensor:
-    """Return `values` (B, R, …) with row `parents[b, r]` of each image as its row r; a help for `Decoder.reorder`."""
+    """Return `values` (B, R, …) with row `parents[b, r]` of each image as its row r; use it in `Decoder.reorder`."""
     index = parents.view(*parents.shape, *[1] * (values.ndim - 2)).expand(*parents.shape, *values.shape[2:])
     return values.gather(1, index)

@@ -1,4 +1,4 @@
-"""Several networks that write one caption together.
+"""An ensemble: several networks that write one caption together.
 
 Shapes: B images, R rows of an image, N cells, C channels, V vocabulary.
 """
@@ -21,13 +21,13 @@ States = tuple[Any, ...]
 
 
 class Ensemble(nn.Module):
-    """Says what its members say on average: the probability of a word is the mean of theirs.
+    """Averages its members: the probability of a word is the mean of their probabilities.
 
-    For a search it is a `CaptionModel`: `encode`, then `init_state`, `step`, `reorder`, `select`. Members whose
-    encoders are the same, as those of runs with a frozen encoder are, have their photos encoded once.
+    A search uses it like a `CaptionModel`: `encode`, then `init_state`, `step`, `reorder`, `select`. Members with the
+    same encoder, such as those of runs with a frozen encoder, share one encoding of each photo.
 
     Args:
-        members: Networks with the same vocabulary; they stay as they are.
+        members: Networks with the same vocabulary; they are not changed.
         names: What to call them in errors.
     """
 
@@ -36,7 +36,7 @@ class Ensemble(nn.Module):
         self.members: Any = nn.ModuleList(members)
         self.names = tuple(names)
         encoders = [member.encoder for member in members]
-        # Of each member, the first one whose encoder is the same.
+        # For each member, the first one with the same encoder.
         self._alike = [next(i for i, first in enumerate(encoders) if _is_same(encoder, first)) for encoder in encoders]
         self._encoding = sorted(set(self._alike))
 
@@ -65,12 +65,12 @@ class Ensemble(nn.Module):
         """Read one word a row.
 
         Args:
-            tokens: (B, R) ids of the words just said.
-            state: With R rows.
+            tokens: (B, R) ids of the words written last.
+            state: State that the last call returned, with R rows an image.
 
         Returns:
-            Log of the mean probability of the next word (B, R, V), float32, whose log-softmax it is itself; the mean
-            attention (B, R, N); and the new state.
+            Log of the mean probability of the next word (B, R, V), float32, which a log-softmax does not change; the
+            mean attention (B, R, N); and the new state.
         """
         steps = [member.step(tokens, own) for member, own in zip(self.members, state, strict=True)]
         logits, attention, states = zip(*steps, strict=True)
@@ -90,7 +90,7 @@ def _is_same(encoder: Encoder, other: Encoder) -> bool:
     """Return whether two encoders in evaluation mode give the same features."""
     if encoder is other:
         return True
-    # Weights say nothing of strides, paddings and activations; the text of a network does.
+    # Weights say nothing about strides, paddings and activations; the printed network does.
     if encoder.grid != other.grid or str(encoder.network) != str(other.network):
         return False
     weights, others = encoder.state_dict(), other.state_dict()

@@ -43,11 +43,11 @@ class SoftAttentionDecoder(Decoder[LSTMState]):
     """LSTM over `word vector ++ context`, Xu et al., Show, Attend and Tell (2015), section 3.1.2.
 
     Args:
-        section: The recipe's keys. `gate` scales the context by a sigmoid of the state (section 4.2.1).
+        section: Gives sizes, dropout and options. `gate` scales the context by a sigmoid of the state (section 4.2.1).
             `tie_weights` shares one matrix between word vectors and head (Press & Wolf, Using the Output Embedding to
             Improve Language Models, 2017).
-        feature_size: C.
-        vocab_size: V.
+        feature_size: C, the number of channels of a cell.
+        vocab_size: V, the number of words including special tokens.
         pad_id: Id whose word vector starts as zero, and stays zero unless it is tied.
     """
 
@@ -73,7 +73,7 @@ class SoftAttentionDecoder(Decoder[LSTMState]):
         """See `Decoder.sharpen`."""
         super().sharpen(temperature)
         if self.head.weight is self.embedding.weight:
-            # The word vectors shrank or grew with the head, so the layer that reads them makes up for it.
+            # The tied word vectors are scaled with the head, so the layer that reads them compensates.
             self.lstm.weight_ih[:, : self.embedding.embedding_dim].mul_(temperature)
 
     def init_state(self, features: Tensor) -> LSTMState:
@@ -104,9 +104,9 @@ class SoftAttentionDecoder(Decoder[LSTMState]):
         image_of_row = rows // (len(rows) // len(features))
         hidden, cell = (values[image_of_row] for values in self._first_state(features))
         products = self._products()
-        # A process without captions takes the step all the same, with no rows.
+        # A process without captions also takes the step, with no rows.
         counts = packing.counts or [0]
-        # What words give to the gates does not depend on the state, so one product serves all words.
+        # The share of the words in the gates does not depend on the state, so one product serves all words.
         gates_of_words = self._gates(packing.pick(input_ids)).split(counts)
         states, attention = [], []
         for count, gates in zip(counts, gates_of_words, strict=True):
@@ -125,12 +125,12 @@ class SoftAttentionDecoder(Decoder[LSTMState]):
         return torch.tanh(self.initial_hidden(mean)), torch.tanh(self.initial_cell(mean))
 
     def _gates(self, tokens: Tensor) -> Tensor:
-        """Return what words, ids (…), give to the gates (…, 4H)."""
+        """Return the share of words (…), given as ids, in the gates (…, 4H)."""
         of_words = self.lstm.weight_ih[:, : self.embedding.embedding_dim]
         return F.linear(self.dropout(self.embedding(tokens)), of_words, self.lstm.bias_ih)
 
     def _products(self) -> Products:
-        """Join the layers of the hidden state into one product a step, and take the layer of the context."""
+        """Return all layers of the hidden state as one product a step, and the layer of the context."""
         layers = [self.attention.query] if self.gate is None else [self.attention.query, self.gate]
         of_hidden = StepLinear(
             torch.cat([*(layer.weight for layer in layers), self.lstm.weight_hh]),
@@ -144,11 +144,11 @@ class SoftAttentionDecoder(Decoder[LSTMState]):
         """Take one step of the LSTM.
 
         Args:
-            gates: (…, 4H) from the words just said, in the order of `nn.LSTMCell`.
+            gates: (…, 4H) from the words read now, in the order of `nn.LSTMCell`.
             hidden: (…, H).
             cell: (…, H).
-            look: The attention of these rows.
-            products: From `_products`.
+            look: Turns the queries of these rows into contexts and weights.
+            products: What `_products` returned.
 
         Returns:
             Attention (…, N), and the next hidden and cell (…, H).

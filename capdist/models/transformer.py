@@ -37,14 +37,15 @@ class TransformerState:
 
 
 class TransformerDecoder(Decoder[TransformerState]):
-    """Vaswani et al., Attention Is All You Need (2017), the decoder, with the norms before each part.
+    """The decoder of Vaswani et al., Attention Is All You Need (2017), with a norm before each part.
 
-    Norms before each part need no warm-up (Xiong et al., On Layer Normalization in the Transformer Architecture, 2020).
+    With norms before each part it needs no warm-up (Xiong et al., On Layer Normalization in the Transformer
+    Architecture, 2020).
 
     Args:
-        section: The recipe's keys.
-        feature_size: C.
-        vocab_size: V.
+        section: Gives the width, the numbers of layers and heads, and the dropout.
+        feature_size: C, the number of channels of a cell.
+        vocab_size: V, the number of words including special tokens.
         pad_id: Id whose word vector starts as zero, and stays zero unless it is tied.
     """
 
@@ -60,7 +61,8 @@ class TransformerDecoder(Decoder[TransformerState]):
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(section.dropout)
         self.head = nn.Linear(width, vocab_size)
-        # Word vectors are small, so that the tied head starts unsure, and are scaled up where they are read.
+        # Word vectors are small, so that the tied head starts near a uniform distribution; they are scaled up when
+        # read.
         self.register_buffer("scale", torch.tensor(math.sqrt(width)))
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         with torch.no_grad():
@@ -73,7 +75,7 @@ class TransformerDecoder(Decoder[TransformerState]):
         """See `Decoder.sharpen`."""
         super().sharpen(temperature)
         if self.head.weight is self.embedding.weight:
-            self.scale.mul_(temperature)  # the word vectors shrank or grew with the head
+            self.scale.mul_(temperature)  # compensates for the word vectors, which are scaled with the head
 
     def read(self, features: Tensor, input_ids: Tensor, lengths: Sequence[int]) -> Reading:
         """See `Decoder.read`."""
@@ -82,10 +84,10 @@ class TransformerDecoder(Decoder[TransformerState]):
         hidden = self._embed(input_ids, 0)
         for layer in self.layers:
             hidden = layer.read_words(hidden)
-            # The captions of an image are neighbours, so its keys and values serve all of them without a copy.
+            # The captions of an image are neighbours, so they share its keys and values without a copy.
             of_images, attention = layer.look(hidden.view(len(features), -1, hidden.shape[-1]), layer.of_cells(cells))
             hidden = layer.think(of_images.view_as(hidden))
-        present = torch.arange(num_words) < torch.tensor(lengths)[:, None]  # on the host, which must not wait
+        present = torch.arange(num_words) < torch.tensor(lengths)[:, None]  # on the host, without waiting
         words = present.flatten().nonzero()[:, 0].to(features.device, non_blocking=True)
         logits = self.head(self.dropout(self.norm(hidden.flatten(0, 1)[words])))
         mask = present.to(features.device, non_blocking=True).view(len(features), -1, 1)
@@ -149,7 +151,7 @@ class _Layer(nn.Module):
         return hidden + self.dropout(self.words_out(context.transpose(1, 2).flatten(2)))
 
     def read_word(self, hidden: Tensor, before: Pair) -> tuple[Tensor, Pair]:
-        """Do the same for one more word of each row: hidden is (B, R, D); also return keys and values with it."""
+        """Do the same for the next word of each row, hidden (B, R, D); also return keys and values with that word."""
         query, key, value = (
             self._heads(part[:, :, None].flatten(0, 1)).unflatten(0, hidden.shape[:2])
             for part in self.words(self.norms[0](hidden)).chunk(3, dim=-1)
@@ -166,7 +168,7 @@ class _Layer(nn.Module):
     def look(self, hidden: Tensor, of_cells: Pair) -> tuple[Tensor, Tensor]:
         """Attend from words (B, words, D) to cells; also return the weights (B, words, N), the mean over heads."""
         keys, values = of_cells
-        # Not `scaled_dot_product_attention`, which does not tell its weights.
+        # Not `scaled_dot_product_attention`, which does not return its weights.
         query = self._heads(self.query(self.norms[1](hidden)))
         weights = (query @ keys.mT * keys.shape[-1] ** -0.5).softmax(dim=-1)
         context = (weights.to(values.dtype) @ values).transpose(1, 2).flatten(2)

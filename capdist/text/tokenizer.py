@@ -1,8 +1,9 @@
 """Captions to words and back.
 
-Policy: Unicode NFC, lower case, spaCy's English rules (`don't` is `do n't`, `dog's` is `dog 's`) but hyphened words
-stay whole (`t-shirt`), and only tokens with a letter or digit: punctuation is neither learned nor written. That is how
-the reference metrics split captions, so a caption loses nothing when it is scored.
+Text is put into Unicode NFC and lower case, and split by spaCy's English rules: `don't` is `do n't`, `dog's` is
+`dog 's`. Hyphenated words stay whole (`t-shirt`). Tokens without a letter or digit are dropped, so the model neither
+learns nor writes punctuation. The reference metrics split captions in the same way, so a caption loses nothing when it
+is scored.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def tokenize(captions: Iterable[str]) -> list[list[str]]:
     """Split captions into words.
 
     Args:
-        captions: Raw captions.
+        captions: Texts that people wrote, one caption each.
 
     Returns:
         One list of lower-case words a caption, empty for a caption without any word.

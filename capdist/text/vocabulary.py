@@ -21,7 +21,7 @@ class Vocabulary:
     """Words and ids; ids 0 to 3 are `<pad> <bos> <eos> <unk>`, then words from frequent to rare.
 
     Args:
-        words: Ordinary words in the order of their ids.
+        words: Words with ids from 4 up, in that order; the special tokens are added.
     """
 
     pad_id, bos_id, eos_id, unk_id = range(4)
@@ -38,8 +38,8 @@ class Vocabulary:
         """Count the words of the training captions.
 
         Args:
-            captions: Tokenised captions of the training split, and of no other.
-            min_frequency: Words seen less often are left to `<unk>`.
+            captions: Words of each caption of the training split; words of other splits must not be counted.
+            min_frequency: Words that are seen less often become `<unk>`.
 
         Raises:
             DataError: if no word is frequent enough.
@@ -71,7 +71,7 @@ class Vocabulary:
 
     @property
     def mirrored_words(self) -> dict[int, int]:
-        """Ids of `left` and `right`, and of words that begin with them, each to that of its opposite."""
+        """Maps the ids of `left`, `right` and words that begin with them to the ids of their opposites."""
         opposites = {}
         for word in self.words:
             for one, other in (("left", "right"), ("right", "left")):

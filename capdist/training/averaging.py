@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """The average that validation scores and the model folder keeps; training goes on with the weights themselves.
+    """The EMA weights, which are validated and saved in the model folder; training continues with the raw weights.
 
-    After step t it moves by `1 - min(decay, (1 + t) / (10 + t))` towards the weights, the warm-up of TensorFlow's
-    `ExponentialMovingAverage`: a young average forgets where it started.
+    After step t it moves by `1 - min(decay, (1 + t) / (10 + t))` towards the weights. This is the warm-up of
+    TensorFlow's `ExponentialMovingAverage`: a new average soon forgets the initial weights.
 
     Args:
-        model: Unwrapped; BatchNorm statistics are not averaged.
+        model: The network without the wrapper of `accelerator.prepare`; BatchNorm statistics are not averaged.
         decay: Share of the average that a step keeps.
     """
 
@@ -33,7 +33,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Let the model have the averaged weights for a while."""
+        """Put the averaged weights into the model within the context."""
         self._swap()
         try:
             yield

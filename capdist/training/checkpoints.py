@@ -1,9 +1,9 @@
-"""Checkpoints: whole or absent, exact, and nothing in them is executed.
+"""Checkpoints: complete or absent, exact, and safe to read, because nothing in them is executed.
 
-A checkpoint is a folder `step_<8 digits>` with `model.safetensors`, `optimizer.safetensors`, `average.safetensors` if
-the run averages its weights, `vocabulary.json`, `state.json` and, last, `manifest.json` with the digest of the others.
-It is written under another name, flushed to the disk and renamed, so a folder with the right name is complete. It is
-read back only if every digest fits.
+A checkpoint is a folder `step_<8 digits>` with `model.safetensors`, `optimizer.safetensors`, `vocabulary.json` and
+`state.json`. A run that averages its weights adds `average.safetensors`. The last file, `manifest.json`, has the
+digests of the others. It is written under another name, flushed to the disk and renamed, so a folder with the right
+name is complete. It is read back only if every digest fits.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class TrainState:
 
     Attributes:
         step: Optimizer steps taken.
-        best_score: Best validation score so far.
-        best_step: Where it was reached.
-        stale_validations: Validations since then.
-        validated_step: Of the newest validation.
-        scaler: State of fp16 loss scaling.
+        best_score: Highest score that a validation has reached; None before the first one.
+        best_step: Step that reached it.
+        stale_validations: Number of validations since then.
+        validated_step: Step that was validated last.
+        scaler: What fp16 loss scaling needs to continue; empty with other precisions.
     """
 
     step: int = 0
@@ -60,14 +60,14 @@ class Identity:
     """What a run must share with a checkpoint to continue it exactly.
 
     Attributes:
-        recipe: As `Recipe.to_dict`.
-        vocabulary: Digest of the words and their order.
-        data: Digest of images and captions of the training split.
+        recipe: The resolved recipe, as `Recipe.to_dict` gives it.
+        vocabulary: Digest that changes with the words or their order.
+        data: Digest that changes with the images or captions of the training split.
         encoder: Digest of a frozen encoder's weights; empty if the encoder trains.
-        num_processes: Processes.
-        mixed_precision: As it took effect.
-        threads: Processor threads of each.
-        versions: Of what computes: libraries, machine and device.
+        num_processes: How many processes share a step.
+        mixed_precision: Precision that is used, after the launcher's settings.
+        threads: How many processor threads each process uses.
+        versions: Names and versions of what computes: libraries, machine and device.
     """
 
     recipe: dict[str, dict[str, Any]]
@@ -84,11 +84,11 @@ class Difference(NamedTuple):
     """A key in which two resolved recipes differ.
 
     Attributes:
-        section: Of the recipe.
-        key: Of the section.
+        section: Name that the key's section has.
+        key: Name that the key has in its section.
         before: Value that was saved.
-        now: Value of today.
-        rule: What may happen to the key.
+        now: Value that the recipe has now.
+        rule: Says which changes the key allows.
     """
 
     section: str
@@ -111,12 +111,12 @@ def save_checkpoint(
 
     Args:
         folder: The run's `checkpoints/`.
-        model: Unwrapped.
+        model: The network without the wrapper of `accelerator.prepare`.
         optimizer: Its per-parameter tensors are saved; the rates follow from the step.
         vocabulary: Contents of `vocabulary.json`.
         state: Where the run is.
-        identity: What it is.
-        average: Of the weights, if the run has one.
+        identity: What the run is.
+        average: The averaged weights, if the run has them.
     """
     final = folder / f"step_{state.step:08d}"
     with staged_folder(final, folder / f".tmp_{final.name}") as staging:
@@ -129,7 +129,7 @@ def save_checkpoint(
         manifest = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in _newest_first(folder):
-        if path.name > final.name:  # a damaged one that the run went back past; pruning must not prefer it
+        if path.name > final.name:  # a damaged, newer one from before the run went back; pruning must not prefer it
             shutil.rmtree(path, ignore_errors=True)
     return final
 
@@ -147,7 +147,7 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
 
     Args:
         folder: The run's `checkpoints/`.
-        warn: Told of each damaged checkpoint that is passed over.
+        warn: Called with one line about each damaged checkpoint that is skipped.
 
     Raises:
         CheckpointError: if there are checkpoints and none is whole; a run never silently starts from nothing.
@@ -203,10 +203,10 @@ def check_identity(checkpoint: Path, saved: Identity, now: Identity, warn: Calla
     """Refuse to continue another run, listing every difference at once.
 
     Args:
-        checkpoint: For messages.
-        saved: Identity in the checkpoint.
-        now: Identity of the run that would continue.
-        warn: Told of differences that only cost bit-equality.
+        checkpoint: Folder that messages name.
+        saved: What the checkpoint's run was.
+        now: What the run is that would continue.
+        warn: Called with one line about each difference that only costs bit-equality.
 
     Raises:
         CheckpointError: with one line for each difference.
@@ -243,8 +243,8 @@ def recipe_differences(
     """Yield every key in which two resolved recipes differ.
 
     Args:
-        saved: A recipe of the past. A key that it lacks had its default.
-        now: A recipe of today. A key that it lacks is unknown today, and may never change.
+        saved: An older recipe. A key that it lacks had its default.
+        now: A current recipe. A key that it lacks is unknown in this version, and may never change.
     """
     for section in {**now, **saved}:
         before, after = dict(saved.get(section, {})), now.get(section, {})
@@ -254,7 +254,7 @@ def recipe_differences(
             then, today = section_class(section, before), section_class(section, after)
             before = then().model_dump(mode="json", by_alias=True) | before
             rules = rules_of(today)
-            # Keys that only one of two decoders has differ because `decoder.name` does.
+            # If `decoder.name` differs, so do the keys that only one of the decoders has.
             keys = {**before, **after} if then is today else {key: None for key in before if key in after}
         for key in sorted(keys):
             if before.get(key) != after.get(key):
@@ -264,7 +264,7 @@ def recipe_differences(
 def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None = None
 ) -> None:
-    """Put weights, their average and optimizer state of a checkpoint, already found whole, in place.
+    """Load weights, their average and the optimizer state from a checkpoint that was already verified.
 
     Raises:
         CheckpointError: if they do not fit the model.
@@ -283,7 +283,7 @@ def load_checkpoint(
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """Put the weights of a checkpoint, already found whole, in place.
+    """Load the weights from a checkpoint that was already verified.
 
     Raises:
         CheckpointError: if they do not fit the model.
@@ -295,7 +295,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Lay each tensor out in memory as its parameter is: a fused optimizer goes through both in step."""
+    """Give each tensor the memory layout of its parameter, because a fused optimizer reads both in the same order."""
     for parameter, state in optimizer.state.items():
         for name, tensor in state.items():
             if tensor.shape == parameter.shape:

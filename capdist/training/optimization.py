@@ -16,7 +16,7 @@ from capdist.recipe.sections import TrainingSection
 def build_optimizer(model: CaptionModel, training: TrainingSection) -> torch.optim.Optimizer:
     """Make the recipe's optimizer over the parameters that train, each group with its peak rate as `peak_lr`."""
     groups = list(_parameter_groups(model, training))
-    # One pass over each tensor; the plain form on a CPU makes a dozen.
+    # The fused form passes over each tensor once, the plain form on a CPU a dozen times.
     fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, lr=training.learning_rate, fused=fused)
@@ -38,13 +38,13 @@ def _parameter_groups(model: CaptionModel, training: TrainingSection) -> Iterato
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, training: TrainingSection, step: int, total_steps: int) -> None:
-    """Set the rates of a step. A function of the step alone: there is no scheduler whose state could be lost.
+    """Set the rates of a step. They depend on the step alone, so there is no scheduler whose state could be lost.
 
     Args:
-        optimizer: From `build_optimizer`.
-        training: Of the recipe.
-        step: Index of the step from 0.
-        total_steps: Steps of the whole run.
+        optimizer: What `build_optimizer` returned.
+        training: Gives the warm-up and the schedule.
+        step: Index of the step, counted from 0.
+        total_steps: How many steps the whole run has.
     """
     factor = schedule(step, total_steps, training.warmup_steps, training.schedule)
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Self-critical training: sampled captions, and how much better each is than the others of its image.
+"""Self-critical training: samples captions, and rewards each by how much better it is than the others of its image.
 
 Rennie et al., Self-critical Sequence Training for Image Captioning (2017, arXiv:1612.00563); with the baseline of Luo,
 A Better Variant of Self-Critical Sequence Training (2020, arXiv:2003.09971).
@@ -34,9 +34,9 @@ class Sampled(NamedTuple):
     """A batch whose captions the model wrote itself.
 
     Attributes:
-        batch: Like the one it was made of, with `weights`.
-        reward_sum: Of all samples.
-        num_samples: Captions that were rewarded.
+        batch: Like the batch it was made of, with `weights`.
+        reward_sum: Rewards of all samples, added up.
+        num_samples: Number of captions that were rewarded.
     """
 
     batch: CaptionBatch
@@ -47,25 +47,25 @@ class Sampled(NamedTuple):
 class SelfCritical(Objective):
     """Learn from rewarded samples: captions of a batch are replaced by samples, each weighted by its advantage.
 
-    The gradient of `advantage * -log p(sample)` is REINFORCE's as long as the network that learns is the one that drew:
-    no dropout, no statistics of the batch, all words allowed. (Only that a caption of `max_length` words went on, and
-    was cut, is not learned.) The rest of a step is that of any other batch.
+    The gradient of `advantage * -log p(sample)` is REINFORCE's if the network that learns is the network that drew. So
+    there is no dropout, no batch statistics, and no forbidden word. (One choice is not learned: that a caption of
+    `max_length` words went on, and was cut.) The rest of a step is that of any other batch.
 
     Args:
-        model: Draws the samples; unwrapped, in evaluation mode throughout.
+        model: Draws the samples; without the wrapper of `accelerator.prepare`, and always in evaluation mode.
         reward: Scores captions of the training split. `<eos>` counts as a word, so that a caption cut off in the middle
             (`a man with a`) loses by it.
-        section: The recipe's keys.
+        section: Gives the number of samples, the baseline and the weights of the loss.
         options: How long a sample may be, and the ids of `<bos>`, `<eos>` and `<pad>`.
         source: Gives the features of the training split.
-        accelerator: The processes of this launch; each draws samples of its own.
+        accelerator: Gives the precision; each of its processes draws its own samples.
         mirrored_words: Words that mean their opposite on a mirrored photo; references describe the original photo.
         seed: The run's; it decides what is drawn.
     """
 
     trains_with_dropout = False
-    # With dropout the network that learns would not be the one that drew, and this not the gradient of the reward:
-    # training then falls apart after an epoch or two.
+    # With dropout the network that learns would not be the network that drew, and this would not be the gradient of the
+    # reward: training then fails after an epoch or two.
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class SelfCritical(Objective):
         mirrored_words: Mapping[int, int] | None = None,
         seed: int = 0,
     ) -> None:
-        # A word that is never drawn is never unlearned: with <unk> forbidden its probability grew from 2 to 20 % in an
-        # epoch on Flickr8k, and after another one sentences fell apart.
+        # A word that is never drawn is never unlearned. With <unk> forbidden its probability grew from 2 to 20 % in an
+        # epoch on Flickr8k, and one epoch later captions were no longer sentences.
         assert not options.suppressed_ids
         self.model, self.reward, self.section, self.options = model, reward, section, options
         self.source, self.accelerator = source, accelerator
@@ -137,10 +137,10 @@ class SelfCritical(Objective):
         """Sample captions.
 
         Args:
-            batch: Of photos with captions, on the host.
+            batch: Photos with captions; it must be on the host.
             features: (B, N, C), on the device. Torch's global generator decides what is drawn.
         """
-        if not batch.num_captions:  # a filler: it has no weight, whatever its caption is
+        if not batch.num_captions:  # a filler has no weight, so any caption does
             return Sampled(replace(batch, weights=torch.zeros(len(batch.lengths))), 0.0, 0)
         assert not self.model.training
         num_samples = self.section.samples
@@ -196,6 +196,6 @@ def _with_references(batch: CaptionBatch, samples: CaptionBatch, reference_weigh
     references = torch.full((num_images, len(batch.lengths) // num_images), reference_weight)
     weights = torch.cat([samples.weights.view(num_images, -1), references], dim=1).flatten()
     both = replace(batch, weights=weights, **caption_rows(torch.cat([*widened], dim=1).flatten(0, 1)))
-    # The words of samples are what a step is divided by, so that references add to the gradient of the reward and do
-    # not change it.
+    # A step is divided by the words of samples only, so that references add to the gradient of the reward and do not
+    # change it.
     return replace(both, num_tokens=samples.num_tokens, num_captions=samples.num_captions)

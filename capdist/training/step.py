@@ -19,7 +19,7 @@ from capdist.recipe.sections import Recipe
 from capdist.training.objectives import Objective, Window
 
 MOST_SKIPPED_STEPS = 30
-"""Steps in a row that fp16 scaling may skip: from its start at 2^16 it is halved at each, far below any use by then."""
+"""Steps in a row that fp16 scaling may skip. The scale starts at 2^16 and each halves it, so it is useless by then."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class StepReport:
 
     Attributes:
         loss_sum: This process's share of the loss, not yet divided by words; on the device.
-        num_tokens: Words of the step, over all processes.
-        num_captions: Captions of the step, over all processes.
-        reward_sum: Sum of the rewards of the step's samples, over all processes.
+        num_tokens: Number of words in the step, over all processes.
+        num_captions: Number of captions in the step, over all processes.
+        reward_sum: Rewards of the step's samples, added up over all processes.
         num_samples: Captions that were rewarded, over all processes; 0 where there are no rewards.
         stop: Whether any process was told to stop.
     """
@@ -46,11 +46,11 @@ class StepReport:
 class TrainStep:
     """Forward, backward and update over the micro-batches of one step.
 
-    The loss is divided by the words of the whole global step, so that neither the split over processes nor that over
+    The loss is divided by the words of the whole global step. So neither the number of processes nor that of
     micro-batches changes the gradient.
 
     Args:
-        accelerator: The processes of this launch.
+        accelerator: Gives the device and the precision, and adds up the gradients of all processes.
         model: The network as `accelerator.prepare` gave it.
         optimizer: As `accelerator.prepare` gave it.
         recipe: Gives the seed and the clipping of gradients.
@@ -78,13 +78,13 @@ class TrainStep:
         """Take a step.
 
         Args:
-            step: Its index from 0.
-            window: This process's micro-batches.
-            stop_requested: Whether this process was told to stop; shared with the others on the way.
+            step: Index of the step, counted from 0.
+            window: Micro-batches that this process takes in the step.
+            stop_requested: Whether this process was told to stop; the step tells the others.
             progress: Share of the run that is over, 0…1.
 
         Raises:
-            NumericsError: if the gradient is not finite; the weights are as they were.
+            NumericsError: if the gradient is not finite; the weights are not changed.
         """
         prepared = self.objective.prepare(step, Window(window))
         window = prepared.batches
@@ -111,8 +111,9 @@ class TrainStep:
     def warm_up(self, batch: CaptionBatch) -> None:
         """Run two steps that change nothing.
 
-        DDP lays its buckets out anew after the first backward pass, which changes the order in which three or more
-        processes are summed. After this a fresh run and a resumed one sum alike, and a lack of memory shows early.
+        DDP rearranges its buckets after the first backward pass, which changes the order in which three or more
+        processes are summed. After these steps a fresh run and a resumed one sum in the same order. A lack of memory
+        also shows early.
         """
         buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         for _ in range(2):
@@ -131,7 +132,7 @@ class TrainStep:
         limit = self.recipe.training.clip_norm
         norm = self.accelerator.clip_grad_norm_(self.parameters, limit if limit is not None else float("inf"))
         assert norm is not None
-        scaled = self.accelerator.scaler is not None  # fp16 finds infinities by itself and skips the step
+        scaled = self.accelerator.scaler is not None  # the fp16 scaler finds infinities and skips the step
         if not scaled and not torch.isfinite(norm):
             self.optimizer.zero_grad()
             raise NumericsError(
@@ -140,7 +141,7 @@ class TrainStep:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # Not optimizer_step_was_skipped: a fused optimizer skips by itself, which accelerate does not hear of.
+        # Not optimizer_step_was_skipped: accelerate does not notice when a fused optimizer skips a step.
         skipped = scaled and not torch.isfinite(norm)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row > MOST_SKIPPED_STEPS:

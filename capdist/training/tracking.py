@@ -1,4 +1,4 @@
-"""Who hears of a run: `log.jsonl` always, TensorBoard and wandb if the recipe says so."""
+"""Logs of a run: always `log.jsonl`, and TensorBoard and wandb if the recipe says so."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class Tracking:
-    """Logs of a run. Trackers are a courtesy: whatever goes wrong with one of them, training goes on.
+    """Logs of a run. Trackers are optional: training goes on when one of them fails.
 
     Args:
         accelerator: Built with the recipe's trackers; only the main process writes.
-        recipe: Of the run.
+        recipe: Gives the trackers, their settings and the run folder.
         step: Steps already taken; lines beyond them, from before a crash, are dropped and written again.
     """
 
@@ -43,12 +43,12 @@ class Tracking:
     def _start_trackers(self, recipe: Recipe) -> None:
         flat = {f"{section}.{key}": str(v) for section, keys in recipe.to_dict().items() for key, v in keys.items()}
         wandb = {"name": recipe.run.name, "config": recipe.to_dict(), "dir": str(recipe.run_folder)}
-        folder = str(recipe.run_folder)  # not that of an earlier stage, with which the accelerator was built
+        folder = str(recipe.run_folder)  # the accelerator may have been built with the folder of an earlier stage
         self._accelerator.project_configuration.logging_dir = folder
         self._accelerator.project_configuration.set_directories(folder)
         try:
             self._accelerator.init_trackers(recipe.tracking.project, config=flat, init_kwargs={"wandb": wandb})
-        except Exception as error:  # any of the trackers' own classes; none is worth a run
+        except Exception as error:  # trackers raise their own classes; no such error may end a run
             logger.warning(f"trackers are off: {type(error).__name__}: {error}; {LOG} has everything")
             self._accelerator.trackers = []
 
@@ -56,9 +56,9 @@ class Tracking:
         """Write one line.
 
         Args:
-            values: By name, JSON types.
+            values: What to log, by name, in JSON types.
             step: Optimizer steps taken.
-            group: Group of panels in the trackers; None keeps the line out of them.
+            group: Group of panels in the trackers; None writes the line to `log.jsonl` only.
         """
         if not self._is_main:
             return
@@ -75,7 +75,7 @@ class Tracking:
                 self._accelerator.trackers = []
 
     def close(self) -> None:
-        """Flush and end the trackers, without waiting for other processes: one of them may just have failed."""
+        """Flush and end the trackers, without waiting for other processes, because one may just have failed."""
         for tracker in self._accelerator.trackers:
             try:
                 tracker.finish()
@@ -92,7 +92,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 
 def _is_until(line: str, step: int) -> bool:
-    """Return whether a line is of these steps; final scores are not: this start will end with its own."""
+    """Return whether a line belongs to these steps. Final scores do not, because this start writes its own."""
     try:
         values = json.loads(line)
         return line.endswith("\n") and values["step"] <= step and not values.get("final")
@@ -115,7 +115,7 @@ def _choose_wandb_mode() -> None:
 
 
 def _uses_proxy() -> bool:
-    """Return whether requests go through a proxy, so that a direct connection says nothing."""
+    """Return whether requests go through a proxy; a direct connection then proves nothing."""
     return bool(getproxies().keys() & {"https", "all"})
 
 

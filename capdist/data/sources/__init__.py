@@ -1,4 +1,4 @@
-"""Sources of captioned photos: each is read into the one schema that everything else relies on.
+"""Sources of captioned photos: each is read into the same schema, which everything else relies on.
 
 `load_source` gives a `datasets.DatasetDict` whose splits (`train`, `validation`, `test`, those that exist) have
 the columns `image_id: string, image: Image, captions: List(string)`, one row an image. Images are kept as
@@ -47,9 +47,9 @@ def load_source(
         path: The folder, file or data set id of the source; `scenes` has none.
         image_column: Column that holds the image or its file name (`hub`, `folder`); found by its name if None.
         captions_column: Column of captions: a list, one caption a row, or a pattern such as `caption_*`.
-        id_column: Column that names the image; rows of the same name are captions of the same image.
+        id_column: Column that names the image; rows of the same name describe the same image.
         split_column: Column that names the split of a row.
-        limit: Only the first so many images of each split.
+        limit: Keeps only this many images of each split, the first ones; None = all.
 
     Returns:
         The splits, and notes on what was odd about the data.

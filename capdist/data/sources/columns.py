@@ -1,4 +1,4 @@
-"""Columns by name: which one holds the image, the captions, the split, when the user has not said so."""
+"""Finds the columns of the image, the captions and the split by their names, unless the user names them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def find_column(columns: Sequence[str], asked: str | None, usual: Sequence[str],
 
     Args:
         columns: The names that are there.
-        asked: The user's choice.
+        asked: Column that the user chose; None = look for a usual one.
         usual: Names to look for without one.
         key: The recipe key that makes the choice, e.g. `data.image_column`.
-        where: The file or data set, for the error.
+        where: Names the file or data set in the error.
 
     Raises:
         DataError: There is no such column; lists those that are there.
@@ -36,7 +36,7 @@ def find_column(columns: Sequence[str], asked: str | None, usual: Sequence[str],
 def optional_column(
     columns: Sequence[str], asked: str | None, usual: Sequence[str], key: str, where: str
 ) -> str | None:
-    """Return what `find_column` does, or None where nothing was asked for and no usual name is there."""
+    """Return the column that `find_column` finds, or None if nobody asked for one and no usual name is there."""
     if asked and asked not in columns:
         raise DataError(f"{where}: {key} is '{asked}', but the columns are {', '.join(columns)}")
     return asked or next((name for name in usual if name in columns), None)
@@ -47,8 +47,8 @@ def caption_columns(columns: Sequence[str], asked: str | None, where: str) -> li
 
     Args:
         columns: The names that are there.
-        asked: The user's choice, a name or a pattern such as `caption_*`.
-        where: The file or data set, for the error.
+        asked: Column that the user chose, or a pattern such as `caption_*`.
+        where: Names the file or data set in the error.
 
     Raises:
         DataError: There is none; lists the columns that are there.

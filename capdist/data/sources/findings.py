@@ -1,4 +1,4 @@
-"""What a source meets while it reads: mistakes, which end the run together, and oddities, which become notes."""
+"""Collects what a source finds while it reads: mistakes, which end the run, and oddities, which become notes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ODDITIES_SHOWN = 3
 
 
 class Oddity(NamedTuple):
-    """A kind of oddity in words, for one and for many; examples are put behind it."""
+    """The text of a kind of oddity, for one and for many; examples follow it."""
 
     one: str
     many: str
@@ -33,7 +33,7 @@ BLANK_CAPTION = Oddity("empty caption was left out", "empty captions were left o
 
 @dataclass(frozen=True)
 class Note:
-    """Something odd about the data. It stays data until it is printed: `str` gives its line.
+    """Something odd about the data; `str` gives its line.
 
     Attributes:
         kind: The kind of oddity, or a remark that is printed unchanged.
@@ -52,7 +52,7 @@ class Note:
 
 
 class Findings:
-    """Collects mistakes and oddities by kind, so that a user sees all of them at once and none a thousand times."""
+    """Collects mistakes and oddities by kind. A user sees all kinds at once, each with a few examples."""
 
     def __init__(self) -> None:
         self._mistakes: defaultdict[str, list[str]] = defaultdict(list)
@@ -64,7 +64,7 @@ class Findings:
         self._mistakes[kind].append(where)
 
     def oddity(self, kind: Oddity, example: str) -> None:
-        """Record something that was passed over; `example` is the photo or the place."""
+        """Record something that was left out; `example` is the photo or the place."""
         self._oddities[kind].append(example)
 
     def remark(self, note: str) -> None:

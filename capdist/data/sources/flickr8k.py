@@ -34,7 +34,7 @@ _SPLIT_FILES = {
 _TOKEN_KEY = re.compile(r"(.+)#(\d+)")
 _HELD_OUT = 1_000 / 8_000
 
-# The captions of a photo with the place where its name was first met.
+# The captions of a photo, and the place where its name first appears.
 Captions = dict[str, tuple[str, list[str]]]
 
 
@@ -107,7 +107,7 @@ def _add(captions: Captions, name: str, caption: str, place: str, findings: Find
 
 
 def _read_splits(root: Path, findings: Findings) -> dict[str, list[str]]:
-    """Read the published lists that are there; a photo may stand in one of them, once."""
+    """Read the published lists that are there; a photo may be in one of them, once."""
     splits: dict[str, list[str]] = {}
     first_place: dict[str, str] = {}
     for split, file in _SPLIT_FILES.items():

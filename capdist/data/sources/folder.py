@@ -1,4 +1,4 @@
-"""The source `folder`: one's own photos with a `metadata.jsonl` or `metadata.csv`."""
+"""The source `folder`: your own photos with a `metadata.jsonl` or `metadata.csv`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HELD_OUT = 0.1
 
 @dataclass
 class _Entry:
-    """What the metadata say about one photo."""
+    """What the metadata says about one photo."""
 
     place: str
     path: str | None
@@ -117,7 +117,7 @@ class _Metadata:
         entry.captions += [caption for caption in cleaned if caption]
 
     def _check_repeated(self, entry: _Entry, place: str, split: str | None, *, one_caption: bool) -> None:
-        """Several rows of one photo are fine where a row has one caption and all name the same split."""
+        """Accept several rows of one photo if each has one caption and all name the same split."""
         if not one_caption:
             self._findings.mistake("the photo has a row already; give all its captions in one", place)
         elif entry.split != split:
@@ -125,7 +125,7 @@ class _Metadata:
 
 
 def _split_word(cell: object) -> str | None:
-    """Return a split as it is written; null and an empty cell name none."""
+    """Return the split that a cell names, spelt as there; null and an empty cell name none."""
     return None if cell is None else str(cell).strip() or None
 
 
@@ -148,7 +148,7 @@ def _has_captions(name: str, entry: _Entry, findings: Findings) -> bool:
 
 
 def _given_splits(names: list[str], entries: dict[str, _Entry], findings: Findings) -> dict[str, list[str]] | None:
-    """Return the photos of each split that the metadata name, None if they name none."""
+    """Return the photos of each split that the metadata names, None if it names none."""
     if all(entries[name].split is None for name in names):
         return None
     splits: dict[str, list[str]] = {}

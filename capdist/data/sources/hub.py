@@ -53,7 +53,7 @@ def load(request: Request, findings: Findings) -> DatasetDict:
 
 
 def _implied_split_column(tables: DatasetDict, findings: Findings) -> str | None:
-    """A data set of a single split may name the real one in a column."""
+    """Return the column that names the real split, which a data set of a single split may have."""
     if len(tables) != 1 or "split" not in next(iter(tables.values())).column_names:
         return None
     findings.remark("the data set comes in one piece, so its column 'split' divides it")
@@ -61,12 +61,12 @@ def _implied_split_column(tables: DatasetDict, findings: Findings) -> str | None
 
 
 class _Table:
-    """One split as the data set has it.
+    """One split of the data set, under its own name.
 
     Args:
-        where: Data set and split, for errors.
-        name: The split's name in the data set.
-        table: Its rows.
+        where: Names data set and split in errors.
+        name: What the data set calls the split.
+        table: Holds the rows of the split.
         request: The columns that were asked for.
         findings: Takes rows that cannot be used.
     """
@@ -129,7 +129,7 @@ class _Table:
             yield [text for part in texts for text in part or []]
 
     def _keys(self) -> Iterator[str]:
-        """Yield what makes rows the same image: its id, else its bytes where captions come one a row."""
+        """Yield a key for each row; rows with equal keys show the same image. It is the id, or else the bytes."""
         if self._id_column:
             for row, value in enumerate(self._table.select_columns(self._id_column)[:][self._id_column]):
                 if value is None:
@@ -168,7 +168,7 @@ def _by_split(
 
 
 def _assemble(rows: Dataset, images: list[_Image]) -> Dataset:
-    """Put ids and captions beside the images, which stay where they are (on disk, if they came from there)."""
+    """Put ids and captions beside the images, which stay where they are, on disk or in memory."""
     from datasets import Dataset, Features, List, Value, concatenate_datasets
 
     words = Dataset.from_dict(

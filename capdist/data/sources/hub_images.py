@@ -30,15 +30,15 @@ def image_column_of(table: Dataset, asked: str | None, where: str) -> str:
 def image_rows(
     table: Dataset, column: str, folder: Path | None, where: str, findings: Findings
 ) -> tuple[Dataset, set[int]]:
-    """Return a table of one column `image`, `{"path", "bytes"}`, row for row that of `table`, and rows to leave out.
+    """Return the images of `table` row by row, as one column `image` of `{"path", "bytes"}`, and rows to leave out.
 
     Args:
-        table: Rows as the data set has them.
+        table: Rows that the data set holds.
         column: The column of images: embedded, raw bytes, or names of files below `folder`.
-        folder: The local folder of the data set, None for one of the hub.
-        where: Data set and split, for findings.
-        findings: Takes files that do not exist (an oddity, the row is left out), and as mistakes rows without an
-            image and paths that lead elsewhere.
+        folder: Local folder that holds the data set; None for one of the hub.
+        where: Names data set and split in findings.
+        findings: Takes missing files as oddities, and the row is left out. Rows without an image and paths that lead
+            elsewhere are mistakes.
     """
     from datasets import Dataset, Features, Image, Value
 
@@ -63,7 +63,7 @@ def _files(names: Sequence[str | None], folder: Path | None, where: str, finding
 
 
 def _check_cells(images: Dataset, folder: Path | None, where: str, findings: Findings) -> None:
-    """Refuse rows without an image, and paths that a stranger wrote into the data and that lead elsewhere."""
+    """Refuse rows without an image, and paths in the data that lead outside the allowed folders."""
     roots = tuple(_allowed_roots(folder))
     first = 0
     for chunk in images.data.column("image").chunks:
@@ -79,7 +79,7 @@ def _check_cells(images: Dataset, folder: Path | None, where: str, findings: Fin
 
 
 def _allowed_roots(folder: Path | None) -> list[str]:
-    """The library itself unpacks images into its caches; those and the data set's own folder are fine."""
+    """Return the folders that paths may lead to: the caches of the library, and the data set's own folder."""
     from datasets import config
     from huggingface_hub.constants import HF_HUB_CACHE
 

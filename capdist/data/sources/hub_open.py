@@ -1,4 +1,4 @@
-"""Opens a data set of the Hugging Face hub or a local folder of one; says in one line why that failed."""
+"""Opens a data set of the Hugging Face hub or a local folder; an error says in one line why that failed."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _IMAGE_FOLDERS = (
     "flickr30k-images",
     "coco",
 )
-_PROBE = 100  # so many photos decide which folder is meant
+_PROBE = 100  # number of photos that decide which folder is meant
 
 
 def load(request: Request, findings: Findings) -> DatasetDict:

@@ -11,7 +11,7 @@ from capdist.data.sources.findings import MISSING_PHOTO, Findings
 from capdist.errors import DataError
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-"""Names of the formats that `capdist.data.images` opens; what else lies in a folder of photos is none."""
+"""File endings of the formats that `capdist.data.images` opens; other files in a folder are ignored."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 
@@ -30,10 +30,10 @@ def existing_folder(path: str, layout: str) -> Path:
 
 
 class PhotoFolder:
-    """The files below an image folder, each folder listed once.
+    """The files below an image folder. Each folder is listed only once, which saves time.
 
     Args:
-        root: The image folder.
+        root: Folder that must contain every photo.
         findings: Takes names that are unsafe (a mistake) or lead to no file (an oddity).
     """
 
@@ -85,7 +85,7 @@ class PhotoFolder:
 
 
 def is_plain(name: str) -> bool:
-    """Tell whether a file name from a file we did not write is relative, without `..` and other tricks."""
+    """Return whether a name from an untrusted file is a relative path without `..` and other tricks."""
     if not name or "\0" in name or "\\" in name or name.startswith("/") or _DRIVE.match(name):
         return False
     return not any(part in ("", ".", "..") for part in name.split("/"))

@@ -18,7 +18,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "val", "valid", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""What people call the splits, in small letters."""
+"""What people call the splits, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LoadedData:
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `load_source` but for the source's name."""
+    """The arguments of `load_source`, without the name of the source."""
 
     path: str
     image_column: str | None = None
@@ -48,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Record:
-    """One image: the path of its file or the bytes of one, and at least one caption."""
+    """One image: the path or the bytes of its file, and at least one caption."""
 
     image_id: str
     captions: Sequence[str]
@@ -57,7 +57,7 @@ class Record:
 
 
 def features() -> Features:
-    """Return the columns that every source gives; images are not decoded, so that workers do it themselves."""
+    """Return the columns that every source gives. Images are not decoded; the loader's workers do that."""
     from datasets import Features, Image, List, Value
 
     return Features({"image_id": Value("string"), "image": Image(decode=False), "captions": List(Value("string"))})
@@ -68,7 +68,7 @@ def to_splits(records: Mapping[str, Sequence[Record]], limit: int | None) -> Dat
 
     Args:
         records: The records of each split; a split without records is left out.
-        limit: Only the first so many of each split.
+        limit: Keeps only this many records of each split, the first ones; None = all.
     """
     from datasets import Dataset, DatasetDict
 
@@ -100,12 +100,12 @@ def split_by_hash(image_ids: Iterable[str], held_out: float) -> dict[str, list[s
 
     Args:
         image_ids: The names; at least three, or all go to `train`.
-        held_out: The share of each of `validation` and `test`, at least one image.
+        held_out: Share of the images in `validation`, and again in `test`; each gets at least one.
 
     Returns:
         The names of each split, in the order of their hashes.
     """
-    # The salt is for ever: with another one, photos that models were trained on would be tested on.
+    # The salt must never change: another one would put training photos of older models into the test split.
     ordered = sorted(image_ids, key=lambda name: hashlib.sha256(f"0:{name}".encode()).digest())
     if len(ordered) < 3:
         return {"train": ordered}

@@ -1,4 +1,4 @@
-"""The source `scenes`: drawn, embedded, needs nothing."""
+"""The source `scenes`: it draws its images and needs no file."""
 
 from __future__ import annotations
 

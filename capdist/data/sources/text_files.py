@@ -1,4 +1,4 @@
-"""Caption files: strictly UTF-8, read line by line so that every complaint names file and line."""
+"""Caption files: strictly UTF-8, read line by line so that every error names file and line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_text(path: Path) -> str:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield `("file:line", text)` for each line that is not blank."""
-    # Not splitlines(): it also splits at characters such as U+2028 that may stand inside a caption.
+    # Not splitlines(): it also splits at characters such as U+2028 that a caption may contain.
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line.rstrip("\r")
@@ -45,10 +45,10 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
 def read_csv(path: Path, findings: Findings) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield `("file:line", {column: text})` for each row of a CSV file with a header.
 
-    Each line is parsed by itself: a forgotten quote then spoils one line and cannot swallow those behind it.
+    Each line is parsed alone: a forgotten quote then spoils one line and cannot swallow the lines after it.
 
     Raises:
-        DataError: as `read_text`, or a column stands twice.
+        DataError: as `read_text`, or two columns have the same name.
     """
     lines = read_lines(path)
     header: list[str] = []
@@ -90,7 +90,7 @@ def _csv_fields(line: str) -> list[str] | None:
 def clean_caption(caption: str, place: str, findings: Findings) -> str | None:
     """Return a caption in Unicode NFC on one line with single spaces.
 
-    None, and a finding, if it is blank (an oddity) or has control characters (a mistake: it is damaged text).
+    Return None and record a finding if it is blank (an oddity) or has control characters (a mistake).
     """
     if _CONTROL.search(caption):
         findings.mistake("the caption has a control character; remove it", place)
