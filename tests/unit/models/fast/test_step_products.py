@@ -6,16 +6,17 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from capdist.models.decoder import SoftAttentionDecoder
+from capdist.models.decoder import Decoder
 from capdist.models.fast import step_products
-from capdist.models.fast.packing import Packing
 from capdist.models.fast.step_products import PLAIN_VARIABLE, StepLinear, StepSigmoidDot, can_defer
+from tests.models import tiny_decoder
 
 COUNTS = (4, 4, 2, 1, 0)  # rows at each step of a loop
 LENGTHS = (5, 3, 0, 6)  # words of each caption, two for each image
@@ -114,26 +115,16 @@ def test_two_loops_over_one_graph_add_up(case: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
-def _decoder(gate: bool) -> nn.Module:
+def _decoder(gate: bool) -> Decoder[Any]:
     torch.manual_seed(1)
-    decoder = SoftAttentionDecoder(
-        feature_size=5,
-        vocab_size=11,
-        embed_size=6,
-        hidden_size=8,
-        attention_size=7,
-        dropout=0.0,
-        gate=gate,
-        tie_weights=False,
-        pad_id=0,
-    )
-    return decoder.double()
+    sizes = {"embed_size": 6, "hidden_size": 8, "attention_size": 7}
+    return tiny_decoder(feature_size=5, vocab_size=11, gate=gate, **sizes).double()
 
 
-def _loss(decoder: nn.Module, features: Tensor, input_ids: Tensor) -> Tensor:
+def _loss(decoder: Decoder[Any], features: Tensor, input_ids: Tensor) -> Tensor:
     """Return a loss in which every word and every cell's attention counts differently."""
-    states, attention = decoder(features, input_ids, Packing.of(torch.tensor(LENGTHS), 6, features.device))
-    logits = decoder.head(states)
+    logits, _, attention = decoder.read(features, input_ids, LENGTHS)
+    assert attention is not None
     weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
     gaze = torch.linspace(-1, 1, attention.numel(), dtype=torch.float64).view_as(attention)
     return (logits.log_softmax(dim=-1) * weights).sum() + (attention * gaze).sum()
@@ -146,7 +137,7 @@ def _batch(seed: int) -> tuple[Tensor, Tensor]:
     return features.requires_grad_(), torch.randint(1, 11, (4, 6), generator=generator)
 
 
-def _train(decoder: nn.Module) -> list[Tensor]:
+def _train(decoder: Decoder[Any]) -> list[Tensor]:
     """Take three steps, and return all losses and gradients on the way."""
     seen: list[Tensor] = []
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
