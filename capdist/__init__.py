@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, Any
 from capdist.version import __version__
 
 if TYPE_CHECKING:
-    from capdist.inference.captioner import Caption, Captioner
+    from capdist.inference.captioner import Captioner
+    from capdist.inference.writing import Caption
 
 __all__ = ["Caption", "Captioner", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, so that `import capdist` and `capdist --help` do not load torch.
-    if name in ("Caption", "Captioner"):
-        from capdist.inference import captioner
+    if name == "Captioner":
+        from capdist.inference.captioner import Captioner
 
-        return getattr(captioner, name)
+        return Captioner
+    if name == "Caption":
+        from capdist.inference.writing import Caption
+
+        return Caption
     raise AttributeError(f"module 'capdist' has no attribute {name!r}")

@@ -22,7 +22,8 @@ from capdist.train_options import TrainCommand, TrainOptions, train_command
 from capdist.version import __version__
 
 if TYPE_CHECKING:
-    from capdist.inference.captioner import Caption, Captioner
+    from capdist.inference.captioner import Captioner
+    from capdist.inference.writing import Caption
 
 app = typer.Typer(
     help="Train, evaluate and use image captioners.",

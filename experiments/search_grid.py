@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capdist.data.batches import PhotoDataset
-from capdist.data.loaders import photo_batches
 from capdist.data.splits import CHOOSE, REPORT, Split, get_split, read_source
-from capdist.decoding import search
+from capdist.distributed.launch import build_accelerator
+from capdist.features.source import EncodedPhotos
 from capdist.inference.captioner import Captioner
+from capdist.inference.writing import write_captions
 from capdist.metrics.scorer import CaptionScorer
 from capdist.model_folder import search_options
 from capdist.recipe.sections import DataSection, SearchSettings
-from capdist.text.tokenizer import detokenize
 
 BATCH = 50
 TRIED: dict[str, list[Any]] = {
@@ -48,19 +47,20 @@ class Bench:
         trained = self.captioner.trained
         options = search_options(settings, trained.vocabulary, trained.max_length)
         scorer = CaptionScorer({self.split.image_ids[row]: self.split.references[row] for row in self.rows})
-        found = [search(self.captioner.model, features, options) for features in self.features.split(BATCH)]
-        tokens = torch.cat([result.tokens[:, 0] for result in found]).tolist()
-        decode = trained.vocabulary.decode
-        scorer.add_many(zip(self.image_ids, (detokenize(decode(row)) for row in tokens), strict=True))
-        words = torch.cat([result.lengths[:, 0] for result in found]).double().mean()
-        return {**scorer.compute(("bleu", "rouge_l", "cider")), "words": float(words)}
+        captions = [
+            caption
+            for features in self.features.split(BATCH)
+            for caption in write_captions(self.captioner.model, features, trained.vocabulary, options)
+        ]
+        scorer.add_many(zip(self.image_ids, (caption.text for caption in captions), strict=True))
+        words = sum(len(caption.words) for caption in captions) / len(captions)
+        return {**scorer.compute(("bleu", "rouge_l", "cider")), "words": words}
 
     @torch.inference_mode()
     def _encode(self) -> Iterator[Tensor]:
-        preprocessing = self.captioner.trained.preprocessing
-        photos = PhotoDataset(self.split.photos, preprocessing)
-        for _, images in photo_batches(photos, self.rows, batch_size=BATCH, num_workers=0, pin_memory=False):
-            yield self.captioner.model.encode(preprocessing.normalize(images.to(self.captioner.device)))
+        source = EncodedPhotos(self.split.photos, self.captioner.trained.preprocessing, build_accelerator())
+        for _, features in source.batches(self.captioner.model, self.rows, BATCH):
+            yield features
 
 
 def grid(own: SearchSettings, asked: argparse.Namespace) -> list[SearchSettings]:

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from capdist.data.splits import Split
-from capdist.decoding import SearchOptions, search
+from capdist.decoding import SearchOptions
 from capdist.distributed.launch import on_main
 from capdist.features.source import FeatureSource
+from capdist.inference.writing import write_captions
 from capdist.metrics.scorer import CaptionScorer
 from capdist.models.caption_model import CaptionModel
 from capdist.progress import Progress
-from capdist.text.tokenizer import detokenize
 from capdist.text.vocabulary import Vocabulary
 
 FAST_METRICS = ("bleu", "rouge_l", "cider")
@@ -91,9 +91,8 @@ class Evaluator:
         with Progress(f"caption {split.name}", total, "image", is_brief=True, is_main=is_main) as progress:
             for batch_rows, features in source.batches(model, rows, self.batch_size):
                 with self.accelerator.autocast():
-                    result = search(model, features, self.options)
-                words = (self.vocabulary.decode(tokens) for tokens in result.tokens[:, 0].tolist())
-                mine += zip(batch_rows, map(detokenize, words), strict=True)
+                    captions = write_captions(model, features, self.vocabulary, self.options)
+                mine += zip(batch_rows, (caption.text for caption in captions), strict=True)
                 progress.update(len(batch_rows) * self.accelerator.num_processes)  # the others are about as far
         model.train(was_training)
         return {split.image_ids[row]: caption for row, caption in sorted(gather_object(mine))}

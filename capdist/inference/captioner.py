@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,11 @@ from torch import Tensor
 
 from capdist.data.images import open_photo, upright_rgb
 from capdist.data.sources.photos import PHOTO_SUFFIXES
-from capdist.decoding import SearchOptions, search
+from capdist.decoding import SearchOptions
 from capdist.errors import CheckpointError, DataError, Mistake, UsageError
+from capdist.inference.writing import Caption, write_captions
 from capdist.model_folder import TrainedModel, load_pretrained, search_options
 from capdist.models.ensemble import Ensemble
-from capdist.text.tokenizer import detokenize
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A caption of a photo.
-
-    Attributes:
-        text: The caption as a person would write it.
-        log_probability: Sum over its words and `<eos>`, natural logarithm.
-        words: The tokens that the model wrote.
-        attention: (words, cells) what each word looked at, row by row of the grid; None unless asked for.
-    """
-
-    text: str
-    log_probability: float
-    words: tuple[str, ...]
-    attention: Tensor | None = None
 
 
 class Captioner:
@@ -157,17 +140,11 @@ class Captioner:
         return captions
 
     @torch.inference_mode()
-    def _caption_batch(self, photos: Sequence[Any], options: SearchOptions, attention: bool) -> Iterator[Caption]:
+    def _caption_batch(self, photos: Sequence[Any], options: SearchOptions, attention: bool) -> list[Caption]:
         preprocessing = self.trained.preprocessing
         pixels = torch.stack([preprocessing.resize(_open(photo, preprocessing.image_size)) for photo in photos])
         features = self.model.encode(preprocessing.normalize(pixels.to(self.device)))
-        result = search(self.model, features, options, return_attention=attention)
-        captions = []
-        for row in range(len(photos)):
-            words = tuple(self.trained.vocabulary.decode(result.tokens[row, 0].tolist()))
-            looked = None if result.attention is None else result.attention[row, 0, : len(words)].float().cpu()
-            captions.append(Caption(detokenize(words), float(result.log_probabilities[row, 0]), words, looked))
-        return iter(captions)
+        return write_captions(self.model, features, self.trained.vocabulary, options, return_attention=attention)
 
 
 def _check_alike(members: Sequence[TrainedModel], names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from toy_decoder import (
 )
 
 from capdist.decoding import SearchResult, beam_search, greedy_search, search
-from capdist.decoding.greedy import STEPS_BETWEEN_LOOKS
+from capdist.decoding.search import STEPS_BETWEEN_LOOKS
 from capdist.errors import NumericsError, UsageError
 
 ALL = 500  # more beams than there are continuations at any step

@@ -1,20 +1,188 @@
-"""Beam search over all images and beams of a batch at once.
+"""The searches: greedy, sampling and beam, each over all rows of a batch at once.
 
-Shapes: B images, K beams, V vocabulary, N cells of the encoder grid.
+Shapes: B images, R rows of an image, K beams, V vocabulary, N cells of the encoder grid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from capdist.decoding.consensus import agree
 from capdist.decoding.constraints import IMPOSSIBLE, allowed_log_probabilities
-from capdist.decoding.greedy import best_continuations, is_time_to_look
 from capdist.decoding.hypotheses import Hypotheses, SearchResult, best_first, gather_rows
 from capdist.decoding.options import SearchOptions
 from capdist.decoding.protocol import Decoder, State
+
+
+def search(
+    decoder: Decoder[State], features: Tensor, options: SearchOptions, return_attention: bool = False
+) -> SearchResult:
+    """Find the best captions: greedy search for a beam of one, beam search for a wider one.
+
+    Args:
+        decoder: Gives the probabilities of the next word.
+        features: Encoder grid, (images, cells, channels).
+        options: What may be written and how it is scored.
+        return_attention: Also return the attention of every word.
+
+    Returns:
+        `options.beam_size` candidates an image, best first: by score, or with `options.consensus` by agreement.
+
+    Raises:
+        UsageError: A token id of the options lies outside the vocabulary.
+        NumericsError: A logit was NaN or plus infinity.
+    """
+    find = greedy_search if options.beam_size == 1 else beam_search
+    found = find(decoder, features, options, return_attention)
+    # With two captions, each agrees with the other to the same degree.
+    return found if options.consensus is None or options.beam_size < 3 else agree(found, options)
+
+
+# --- greedy, and rows that never meet ------------------------------------------------------------
+
+
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""From log p of the next token (B, R, V) and the totals so far (B, R) to the next token (B, R)."""
+
+
+STEPS_BETWEEN_LOOKS = {"cpu": 1}
+"""Steps between checks for finished captions; a check is free on a CPU and makes the host wait for a GPU."""
+
+
+@torch.no_grad()
+def greedy_search(
+    decoder: Decoder[State], features: Tensor, options: SearchOptions, return_attention: bool = False
+) -> SearchResult:
+    """Write the most probable next word until `<eos>` is more probable than any word, or `max_length`.
+
+    Args:
+        decoder: Gives the probabilities of the next word.
+        features: Encoder grid, (B, N, channels).
+        options: What may be written; `beam_size` is ignored.
+        return_attention: Also return the attention of every word.
+
+    Returns:
+        One candidate an image. A caption that is not over after `max_length` words, or has no allowed word left, is
+        returned as not ended.
+
+    Raises:
+        UsageError: A token id of the options lies outside the vocabulary.
+        NumericsError: A logit was NaN or plus infinity.
+    """
+    return follow(decoder, features, options, 1, _most_probable, return_attention)
+
+
+def follow(
+    decoder: Decoder[State],
+    features: Tensor,
+    options: SearchOptions,
+    rows: int,
+    choose: Choose,
+    return_attention: bool,
+) -> SearchResult:
+    """Write `rows` independent captions an image, one chosen token a step.
+
+    Args:
+        decoder: Gives the probabilities of the next word.
+        features: Encoder grid, (B, N, channels).
+        options: What may be written.
+        rows: How many captions each image gets.
+        choose: Chooses the next token of every row.
+        return_attention: Also return the attention of every word.
+
+    Returns:
+        `rows` candidates an image, best first.
+    """
+    live = Hypotheses.start(features, rows, options, return_attention)
+    going = torch.ones_like(live.ended)
+    state = decoder.reorder(decoder.init_state(features), torch.zeros_like(live.lengths))
+    tokens = torch.full_like(live.lengths, options.bos_id)
+    for position in range(options.max_length + 1):  # the last step can only end a caption of full length
+        logits, attention, state = decoder.step(tokens, state)
+        log_p = allowed_log_probabilities(logits, live.words, position, options)
+        tokens = choose(log_p, live.totals)
+        gain = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        going = going & (gain != IMPOSSIBLE)
+        ending = going & (tokens == options.eos_id)
+        going = going & ~ending & (position < options.max_length)
+        live.totals = (live.totals + gain).where(ending | going, live.totals)
+        live.ended |= ending
+        if position < options.max_length:
+            live.append(going, tokens, attention, position)
+        if is_time_to_look(position, features.device) and not going.any():
+            break
+    return live.result(rows, options)
+
+
+def is_time_to_look(position: int, device: torch.device) -> bool:
+    """Return whether the host checks for finished captions after this step."""
+    return (position + 1) % STEPS_BETWEEN_LOOKS.get(device.type, 4) == 0
+
+
+def best_continuations(totals: Tensor, log_p: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank the continuations of all rows of an image together.
+
+    Args:
+        totals: Log-probability of each row so far, (B, R).
+        log_p: Log-probability of each next token, (B, R, V).
+        count: How many to return, at most R * V.
+
+    Returns:
+        Totals, rows continued and tokens, each (B, count), best first; impossible ones come last.
+    """
+    vocabulary = log_p.shape[-1]
+    best, index = (totals.unsqueeze(-1) + log_p).flatten(1).topk(count, dim=1)
+    return best, index // vocabulary, index % vocabulary
+
+
+def _most_probable(log_p: Tensor, totals: Tensor) -> Tensor:
+    # Selects as a beam of one does, not by argmax: ties, common in bfloat16, must be decided in the same way.
+    return best_continuations(totals, log_p, 2)[2][:, :1]
+
+
+# --- sampling ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(
+    decoder: Decoder[State],
+    features: Tensor,
+    options: SearchOptions,
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> SearchResult:
+    """Draw captions, each independent of the others; the same one may come twice.
+
+    Args:
+        decoder: Gives the probabilities of the next word.
+        features: Encoder grid, (B, N, channels).
+        options: What may be written and how it is scored; `beam_size` is ignored.
+        num_samples: R, how many captions to draw for each image.
+        generator: Source of randomness, on the device of `features`; None for torch's own.
+
+    Returns:
+        `num_samples` candidates an image. They are sorted by score, so ask for one sample if you need a single fair
+        draw.
+
+    Raises:
+        UsageError: A token id outside the vocabulary.
+        NumericsError: A logit was NaN or plus infinity.
+    """
+
+    def choose(log_p: Tensor, totals: Tensor) -> Tensor:
+        # Softmax again: the allowed tokens may all be less probable than float32 can hold. argmax of p / Exp(1) is a
+        # draw from p, and unlike torch.multinomial it never waits for the device.
+        return (log_p.softmax(dim=-1) / torch.empty_like(log_p).exponential_(generator=generator)).argmax(dim=-1)
+
+    return follow(decoder, features, options, num_samples, choose, return_attention=False)
+
+
+# --- beam search ---------------------------------------------------------------------------------
+
 
 _WORTH_LEAVING = 0.75
 """Decided images leave the batch once at most this share of its images is undecided."""
