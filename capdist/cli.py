@@ -77,7 +77,7 @@ def _search_options() -> Iterator[inspect.Parameter]:
     """Yield the option of each search setting: its type, bounds and meaning."""
     for name, schema in SearchSettings.model_json_schema()["properties"].items():
         number, *null = schema.get("anyOf", [schema])
-        none = " 0 = null." if null else ""
+        none = " Here 0 means null." if null else ""
         option = typer.Option(
             min=number.get("minimum", number.get("exclusiveMinimum")),
             max=number.get("maximum"),
@@ -225,7 +225,7 @@ def check(
     """Read every caption and photo of a recipe; list every problem. The exit code is 3 if there is one."""
     from capdist.commands.check import check_recipe
     from capdist.recipe.reading import load_stages
-    from capdist.training.setup import check_networks
+    from capdist.training.start import check_networks
 
     set_up_logging(quiet=quiet)
     stages = load_stages(config, overrides or ())

@@ -212,8 +212,9 @@ def _ran_out_of_memory(error: BaseException) -> bool:
 def _show_lack_of_memory(error: BaseException) -> str:
     first = next(iter(str(error).strip().splitlines()), "no more was said")
     return (
-        f"memory ran out: {first}; lower evaluation.batch_size (`capdist evaluate`: --batch-size), data.num_workers "
-        "or, in a new run, data.batch_size; where the encoder trains, encoder.gradient_checkpointing=true needs less"
+        f"memory ran out: {first}; lower evaluation.batch_size (`capdist evaluate`: --batch-size), encoder.batch_size, "
+        "data.num_workers or, in a new run, data.batch_size; where the encoder trains, "
+        "encoder.gradient_checkpointing=true needs less"
     )
 
 

@@ -21,6 +21,7 @@ from capdist.decoding import SearchOptions
 from capdist.errors import CapdistError, CheckpointError, StorageError, reason_of, show_value
 from capdist.files import set_aside, staged_folder, write_atomically
 from capdist.models.caption_model import CaptionModel, build_model
+from capdist.recipe.old_names import rename_old_keys
 from capdist.recipe.sections import (
     AnyDecoderSection,
     DecoderSection,
@@ -212,6 +213,10 @@ class _PreprocessingConfig(Section):
     std: tuple[_Spread, _Spread, _Spread]
 
 
+def _with_new_names(encoder: Any) -> Any:
+    return rename_old_keys({"encoder": encoder})[0]["encoder"]
+
+
 def _check_whole(search: Any) -> Any:
     """Refuse settings of which some were lost. Older folders lack those that may be null, and searched without."""
     if isinstance(search, dict):
@@ -233,7 +238,7 @@ class _Config(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
-    encoder: EncoderSection
+    encoder: Annotated[EncoderSection, BeforeValidator(_with_new_names)]
     decoder: AnyDecoderSection
     preprocessing: _PreprocessingConfig
     max_length: Positive

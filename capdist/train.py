@@ -55,7 +55,8 @@ def train(stages: Sequence[Recipe], *, resume: bool = False) -> TrainResult:
         CapdistError: the class says what kind of thing went wrong.
     """
     from capdist.distributed import launch
-    from capdist.training.setup import check_networks, find_runs, refuse_to_overwrite, refuse_to_skip
+    from capdist.training.run import find_runs, refuse_to_overwrite, refuse_to_skip
+    from capdist.training.start import check_networks
 
     accelerator = launch.build_accelerator(stages[0])
     folders = [stage.run_folder for stage in stages]
@@ -87,41 +88,26 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
     """
     from capdist.data.images import Preprocessing
     from capdist.data.splits import prepare
-    from capdist.distributed import launch
     from capdist.distributed.stopping import StopSignals
     from capdist.evaluation.evaluator import Evaluator
     from capdist.evaluation.report import final_report
     from capdist.features.filling import encode_splits
     from capdist.features.source import feature_sources
     from capdist.model_folder import search_options
-    from capdist.training.checkpoints import find_checkpoint
     from capdist.training.loop import Loop
     from capdist.training.optimization import build_optimizer
-    from capdist.training.setup import (
-        build_network,
-        check_checkpoint,
-        describe_start,
-        identify,
-        refuse_to_overwrite,
-        show_start,
-    )
+    from capdist.training.run import Run
+    from capdist.training.start import build_network
     from capdist.training.tracking import Tracking
 
-    folder = recipe.run_folder
-    with launch.exclusive(folder, accelerator):
-        if not resume:
-            refuse_to_overwrite([folder], accelerator)
-
+    with Run.open(recipe, accelerator, resume=resume) as run:
         # Photos and captions, words, network.
         data = prepare(recipe)
-        checkpoint = find_checkpoint(recipe, accelerator) if resume else None
-        model = build_network(recipe, data.vocabulary, checkpoint).to(accelerator.device)
+        model = build_network(recipe, data.vocabulary, run.checkpoint).to(accelerator.device)
         preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
         optimizer = build_optimizer(model, recipe.training)
-        identity = identify(recipe, data, model, accelerator)
-        if checkpoint is not None:
-            check_checkpoint(checkpoint, identity)
-        show_start(accelerator, recipe, data, model)
+        run.identify(data, model)
+        run.show(data, model)
 
         # A frozen encoder sees each photo once, not once an epoch.
         stores = {}
@@ -131,26 +117,26 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
                 stores[encoded.split] = encoded.store
         sources = feature_sources(data.splits, stores, preprocessing, accelerator, recipe.data.num_workers)
 
+        # Steps, validations, checkpoints.
         model, optimizer = accelerator.prepare(model, optimizer)
         options = search_options(recipe.evaluation, data.vocabulary, recipe.text.max_length)
         evaluator = Evaluator(accelerator, data.vocabulary, options, recipe.evaluation.batch_size)
-        loop = Loop(accelerator, recipe, data, model, optimizer, preprocessing, sources, evaluator, identity)
+        loop = Loop(run, data, model, optimizer, preprocessing, sources, evaluator)
         loop.warm_up()
-        if checkpoint is not None:
-            loop.restore(checkpoint)
-
-        tracking = Tracking(accelerator, recipe, loop.state.step)
+        loop.restore()
+        tracking = Tracking(accelerator, recipe, run.state.step)
         if accelerator.is_main_process:
-            save_recipe(recipe, folder / "config.yaml")
-        tracking.log(describe_start(accelerator, recipe, identity), loop.state.step)
+            save_recipe(recipe, run.folder / "config.yaml")
+        tracking.log(run.describe(), run.state.step)
         try:
             with StopSignals() as signals:
-                state = loop.run(tracking, signals)
+                state = loop.train(tracking, signals)
+            # The best model on the split that nothing was chosen on.
             scored, metrics = final_report(recipe, data, evaluator, sources)
             tracking.log({"split": scored, "final": True, **metrics}, state.step, group="final")
         finally:
             tracking.close()
-    return TrainResult(folder, state.step, scored, metrics)
+    return TrainResult(run.folder, state.step, scored, metrics)
 
 
 def main(argv: Sequence[str] | None = None) -> TrainResult:

@@ -52,7 +52,7 @@ def check_settings(folder: Path, expected: Recipe) -> None:
     Raises:
         UsageError: with a line for each difference.
     """
-    saved = load_recipe(folder / "config.yaml")
+    saved = load_recipe(folder / "config.yaml", is_saved=True)
     if mistakes := [
         f"{folder}: was trained with {section}.{key}={before}, not {after}; delete it, or choose another --output-dir"
         for section, key, before, after, rule in recipe_differences(saved.to_dict(), expected.to_dict())
@@ -145,7 +145,7 @@ def table(rows: Mapping[str, Sequence[str]], output: Path, seeds: Sequence[int])
         folders = [folder for seed in seeds if scores_of(folder := folder_of(output, row, seed))]
         if folders:
             base = base or (None if changes else folders[0])
-            expected = load_recipe((base or folders[0]) / "config.yaml", changes)
+            expected = load_recipe((base or folders[0]) / "config.yaml", changes, is_saved=True)
             for folder in folders:
                 check_settings(folder, expected)
             scores = [scores_of(folder) or {} for folder in folders]

@@ -50,8 +50,8 @@ def measure_one(images: int, batch_size: int, threads: int, steps: int) -> dict[
         {
             "run": {"threads": threads},
             "data": {"batch_size": batch_size, "image_size": 112},
-            # A small network replaces the encoder, which never runs: its map has the wanted width and 7x7 cells.
-            "encoder": {"name": "resnet18", "stage": "layer3", "weights": "none"},
+            # A small network stands in for the encoder, which never runs: its map is as wide as is wanted, 7x7 cells.
+            "encoder": {"name": "resnet18", "last_block": "layer3", "weights": "none"},
         },
         "growth",
     )

@@ -21,9 +21,9 @@ TRAIN = REPOSITORY / "capdist" / "train.py"
 SMALL = (
     "data.source=folder", "data.image_size=32", "data.batch_size=4", "data.captions_per_image=5",
     "text.min_frequency=1", "text.max_length=12",
-    "encoder.name=resnet18", "encoder.weights=none", "encoder.stage=layer1", "decoder.embed_size=16",
+    "encoder.name=resnet18", "encoder.weights=none", "encoder.last_block=layer1", "decoder.embed_size=16",
     "decoder.hidden_size=24", "decoder.attention_size=16", "evaluation.beam_size=2", "evaluation.batch_size=8",
-    "run.threads=1", "tracking.with=[]",
+    "encoder.batch_size=8", "run.threads=1", "tracking.with=[]",
 )  # fmt: skip
 """Overrides that make a run small."""
 

@@ -112,7 +112,7 @@ def _own_input(work: Workload, photos: Sequence[dict[str, Any]]) -> Iterator[Ten
     batches = photo_batches(
         PhotoDataset(photos, work.preprocessing),
         range(len(photos)),
-        batch_size=work.recipe.evaluation.batch_size,
+        batch_size=work.recipe.encoder.batch_size,
         num_workers=work.recipe.data.num_workers,
         pin_memory=work.accelerator.device.type == "cuda",
     )
@@ -128,7 +128,7 @@ def _plain_loader(work: Workload, photos: Sequence[dict[str, Any]]) -> DataLoade
 
 def _plain_loop(work: Workload, photos: Sequence[dict[str, Any]]) -> Callable[[], object]:
     encoder, device = work.recipe.encoder, work.accelerator.device
-    network = build_backbone(encoder.name, encoder.stage, joins_norms=False).network
+    network = build_backbone(encoder.name, encoder.last_block, joins_norms=False).network
     plain = textbook.Encoder(network).to(device).eval()
     loader = _plain_loader(work, photos)
 

@@ -103,9 +103,9 @@ def _check(names: Sequence[str], recipe: Recipe, model: Path | None, with_textbo
     trains = bool({"train-step", "epoch"} & set(names))
     if trains and not recipe.caches_features:
         raise UsageError("benchmark: train-step and epoch train on cached features, and this recipe caches none")
-    if trains and (recipe.training.stage != "cross_entropy" or recipe.training.word_presence):
+    if trains and (recipe.training.objective != "cross_entropy" or recipe.training.word_presence):
         raise UsageError(
-            "benchmark: train-step and epoch measure training.stage=cross_entropy without training.word_presence; "
+            "benchmark: train-step and epoch measure training.objective=cross_entropy without training.word_presence; "
             "name such a recipe or stage"
         )
     if model is not None and recipe.data.path is None:
@@ -122,17 +122,17 @@ def _measure(
     textbook_images: int | None,
     trace: Path | None,
 ) -> Table:
-    batch_size = work.recipe.evaluation.batch_size
     if name == "train-step":
         return train_step(work, repeats=repeats, with_textbook=with_textbook, trace=trace)
     if name == "epoch":
         return epoch(work, num_images=images or 6000, repeats=repeats, with_textbook=with_textbook)
     if name == "caption":
-        number = images or 4 * batch_size
+        number = images or 4 * work.recipe.evaluation.batch_size
         num_plain = (textbook_images or max(1, number // 20)) if with_textbook else 0
         return caption(work, num_images=number, num_plain=num_plain, model=model, repeats=repeats, trace=trace)
     measure = encode if name == "encode" else load_input
-    return measure(work, num_photos=images or 2 * batch_size, repeats=repeats, with_textbook=with_textbook)
+    num_photos = images or 2 * work.recipe.encoder.batch_size
+    return measure(work, num_photos=num_photos, repeats=repeats, with_textbook=with_textbook)
 
 
 def _describe(work: Workload) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from capdist.distributed.launch import build_accelerator
 from capdist.errors import UsageError
 from capdist.features.filling import Encoded, encode_splits
 from capdist.recipe.sections import Recipe
-from capdist.training.setup import build_network
+from capdist.training.start import build_network
 
 
 def fill_cache(recipe: Recipe) -> list[Encoded]:

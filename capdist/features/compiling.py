@@ -1,4 +1,4 @@
-"""Decides when to compile the encoder: it takes tens of seconds, so it pays only for long encoder passes."""
+"""Decides when to compile the encoder. Compiling takes tens of seconds, so enough photos must remain to gain more."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from capdist.features.encoder_pass import EncoderPass
 logger = logging.getLogger(__name__)
 
 WORTH_IT_S = 900.0
-"""Seconds of encoding that must remain: compiling takes some tens. `docs/performance.md` says what it saves."""
+"""Seconds of encoding that must remain for `auto` to compile. `docs/performance.md` says what compiling gains."""
 
 
 class CompilingEncoder:
-    """An encoder pass that measures how long it will take, then compiles itself if that pays, and prints the result.
+    """An encoder pass that compiles its network when that is worth it, and logs the speed before and after.
 
     Args:
-        encoder: The pass to compile, which must not be compiled yet.
-        mode: `auto`, `on` (with the first batch) or `off`, as `encoder.compile` of a recipe.
+        encoder: The pass, not yet compiled.
+        mode: The recipe's `encoder.compile`: `auto` compiles if much time of encoding remains, `on` compiles with the
+            first batch, `off` never compiles.
     """
 
     def __init__(self, encoder: EncoderPass, mode: str) -> None:
         self.encoder, self.mode = encoder, mode
         self._called_s: float | None = None
-        self._per_photo_s: list[float] = []  # from call to call, with reading photos and storing features
+        self._per_photo_s: list[float] = []  # from call to call, so with reading photos and storing features
         self._before_s: float | None = None
 
     def __call__(self, pixel_values: Tensor, remaining: int) -> Tensor:
         """Encode normalised photos (B, 3, H, W) to features (B, N, C).
 
         Args:
-            pixel_values: All batches but the last of a split are of one size.
-            remaining: Photos that this process still has to encode, including these.
+            pixel_values: A batch. All batches of a split have the same size, except the last.
+            remaining: Number of photos that this process still has to encode, including these.
         """
         now = time.perf_counter()
         if self._called_s is not None:
@@ -49,7 +50,7 @@ class CompilingEncoder:
         return self.encoder(pixel_values)
 
     def _is_worth_it(self, remaining: int) -> bool:
-        if self.mode == "auto" and len(self._per_photo_s) >= 2:  # the first is warming up
+        if self.mode == "auto" and len(self._per_photo_s) >= 2:  # the first one includes the warm-up
             return remaining * self._per_photo_s[-1] > WORTH_IT_S
         return self.mode == "on"
 

@@ -1,4 +1,7 @@
-"""The encoder as a plain function of photos: many of them, fast, without gradients.
+"""A fast encoder for many photos, without gradients. It fills the feature cache, where each photo is encoded once.
+
+The plain form is `encoder.eval()(pixel_values)`. The features are the same up to rounding.
+This module does the encoding. `capdist.features.compiling` decides when compiling the network is worth its time.
 
 Shapes: B images, H and W pixels, N cells of the grid, C channels.
 """
@@ -18,23 +21,23 @@ from capdist.models.fast.norm_folding import fold_norms
 from capdist.recipe.sections import EncoderSection
 
 Precision = Literal["no", "bf16", "fp16"]
-"""Precision of matrix products, by accelerate's names; `no` is the precision of the weights."""
+"""Number format of products, by accelerate's names; `no` keeps the format of the weights."""
 
 _AUTOCAST: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EncoderPass:
-    """A copy of an encoder in evaluation mode, made fast: BatchNorm folded into convolutions, channels last.
+    """A copy of an encoder in evaluation mode, with BatchNorm folded into the convolutions and channels last.
 
-    The copy does not follow later changes of the weights; make a new one when they have changed.
+    The copy has the weights that the encoder has now. Make a new one after the encoder's weights have changed.
 
     Args:
-        encoder: Encoder to copy; it is not changed.
-        precision: Sets the copy's arithmetic, also where the caller uses another autocast.
+        encoder: Is copied and not changed.
+        precision: Number format in which the copy computes. Autocast in the calling code has no effect on it.
     """
 
     def __init__(self, encoder: Encoder, precision: Precision = "no") -> None:
-        # Tensors made in inference mode are of another kind and would need another compilation later.
+        # Tensors made in inference mode are of another kind: for them the network would be compiled again.
         with torch.inference_mode(False), torch.no_grad():
             network = copy.deepcopy(encoder).requires_grad_(False).eval()
             fold_norms(network.network)
@@ -50,27 +53,31 @@ class EncoderPass:
         with torch.inference_mode(False), torch.no_grad(), self._autocast(pixel_values.device.type):
             if self._compiled is None or not fits:
                 return self._network(pixel_values)
-            # A smaller batch would need another compilation, so it is filled up.
+            # For a smaller batch the network would be compiled again; filled up with blank photos, it fits.
             full = pixel_values.new_zeros(self._shape)
             full[:count] = pixel_values
             return self._compiled(full)[:count]
 
     def compile(self, pixel_values: Tensor) -> str | None:
-        """Compile for batches of this size or less, which takes tens of seconds; larger batches are not compiled.
+        """Compile the network for photos of this size, in batches of B or fewer. This takes tens of seconds.
+
+        Photos of other sizes and larger batches pass through the network as before. If compiling fails, all do:
+        a machine may have no C++ compiler.
 
         Args:
-            pixel_values: (B, 3, H, W), a batch of the size.
+            pixel_values: (B, 3, H, W).
 
         Returns:
-            None, or in one line why it failed, for example without a compiler. Then the network that is not compiled
-            goes on.
+            None, or why compiling failed, in one line.
         """
         self._shape = pixel_values.shape
         try:
+            # Private API of torch. If it changes, the import or the patch fails, which is handled as any failure.
             from torch._inductor import config
 
             self._compiled = torch.compile(self._network, dynamic=False, fullgraph=True)
-            # Torch reads this setting during the first batch, in more places than `options` of `torch.compile` reach.
+            # Freezing makes the weights constants, which the compiler lays out in advance. It reads the setting while
+            # the first batch passes, in more places than `options` of `torch.compile` reach.
             with config.patch(freezing=True):
                 self(pixel_values)
         except Exception as error:  # the compilers' errors have no common class
@@ -83,12 +90,12 @@ class EncoderPass:
 
 
 def encoder_precision(encoder: EncoderSection, device: torch.device, mixed_precision: str) -> Precision:
-    """Return the arithmetic of a frozen encoder's pass.
+    """Return the number format in which a frozen encoder computes.
 
     Args:
-        encoder: Gives `precision`, the recipe's choice.
-        device: Where the encoder runs.
-        mixed_precision: Precision that training uses, after the launcher's settings.
+        encoder: The recipe's section; its `precision` is looked up.
+        device: Where the encoder runs. `auto` asks whether it has units for bfloat16.
+        mixed_precision: What accelerate uses for training. `inherit` takes it.
     """
     if encoder.precision == "auto":
         return "bf16" if has_fast_bfloat16(device) else "no"
@@ -97,11 +104,11 @@ def encoder_precision(encoder: EncoderSection, device: torch.device, mixed_preci
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Return whether a processor has units for bfloat16; without them it is many times slower than float32."""
+    """Return whether a device has units for bfloat16. One without emulates it, many times slower than float32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot tell
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 lacks it
     return any(capabilities.get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))

@@ -40,7 +40,7 @@ from capdist.features.store import (
 )
 from capdist.models.caption_model import CaptionModel
 from capdist.progress import Progress
-from capdist.recipe.sections import Recipe
+from capdist.recipe.sections import EncoderSection, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,11 @@ def _unit(dataset: PhotoDataset) -> str:
     return "photo" if dataset.views is None else "view"
 
 
+def _named_as_ever(encoder: EncoderSection) -> dict[str, Any]:
+    """Return what of the encoder counts for features, under the names that caches of all versions have."""
+    return {"name": encoder.name, "stage": encoder.last_block, "grid": encoder.grid}
+
+
 class _SplitEncoder:
     def __init__(
         self,
@@ -112,7 +117,7 @@ class _SplitEncoder:
         self.recipe, self.signals = recipe, signals
         self.root = recipe.run_folder.with_name(".features")
         self.settings: dict[str, Any] = {
-            "encoder": recipe.encoder.model_dump(include={"name", "stage", "grid"}),
+            "encoder": _named_as_ever(recipe.encoder),
             "preprocessing": asdict(preprocessing),
             "precision": encoder_precision(recipe.encoder, accelerator.device, str(accelerator.mixed_precision)),
         }
@@ -181,7 +186,7 @@ class _SplitEncoder:
             yield
 
     def _fill(self, folder: Path, split: str, dataset: PhotoDataset, missing: Sequence[int]) -> None:
-        batch_size, world = self.recipe.evaluation.batch_size, self.accelerator.num_processes
+        batch_size, world = self.recipe.encoder.batch_size, self.accelerator.num_processes
         batches = photo_batches(
             dataset,
             missing[self.accelerator.process_index :: world],
@@ -224,7 +229,7 @@ class _SplitEncoder:
         for remaining in range(num_rounds, 0, -1):
             encoded = 0
             try:
-                encoded = self._encode_next(batches, writer, remaining * self.recipe.evaluation.batch_size)
+                encoded = self._encode_next(batches, writer, remaining * self.recipe.encoder.batch_size)
             except Exception as caught:
                 error = caught
             num_encoded, ends = self._add_up(encoded, error is not None or self.signals.received > 0)

@@ -170,7 +170,7 @@ def build_model(
     Raises:
         UsageError, CheckpointError, StorageError: as `build_backbone`.
     """
-    backbone = build_backbone(encoder.name, encoder.stage, encoder.weights if load_weights else "none")
+    backbone = build_backbone(encoder.name, encoder.last_block, encoder.weights if load_weights else "none")
     decoder_module = DECODERS[decoder.name](
         decoder, feature_size=encoder.projection or backbone.channels, vocab_size=vocab_size, pad_id=pad_id
     )

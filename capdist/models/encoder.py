@@ -167,32 +167,34 @@ def _blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def build_backbone(name: str, stage: str | None = None, weights: str = "none", *, joins_norms: bool = True) -> Backbone:
+def build_backbone(
+    name: str, last_block: str | None = None, weights: str = "none", *, joins_norms: bool = True
+) -> Backbone:
     """Make a backbone by name.
 
     Args:
         name: A torchvision ResNet, or `timm/<name>` with the `timm` extra.
-        stage: Last block to use; None = all but the classification layers.
+        last_block: Last block to use; None = all but the classification layers.
         weights: `none`, `DEFAULT`, a torchvision weights name, or a local `.pth` or `.safetensors` file.
         joins_norms: Replace each convolution that a BatchNorm follows by one that applies the norm too, as
             `capdist.models.fast.norm_folding.join_norms` does. This saves time and memory and keeps names, parameters
             and results. False leaves the layers that torchvision or timm made.
 
     Raises:
-        UsageError: for an unknown name, stage or weights name, or a missing `timm` extra.
+        UsageError: for an unknown name, block or weights name, or a missing `timm` extra.
         CheckpointError: for a weights file that does not fit.
         StorageError: if weights must be downloaded and cannot be.
     """
     if name.startswith("timm/"):
-        backbone = _timm_backbone(name.removeprefix("timm/"), stage, weights)
+        backbone = _timm_backbone(name.removeprefix("timm/"), last_block, weights)
     else:
-        backbone = _torchvision_backbone(name, stage, weights)
+        backbone = _torchvision_backbone(name, last_block, weights)
     if joins_norms:
         join_norms(backbone.network.eval())
     return backbone
 
 
-def _torchvision_backbone(name: str, stage: str | None, weights: str) -> Backbone:
+def _torchvision_backbone(name: str, last_block: str | None, weights: str) -> Backbone:
     from torchvision import models
 
     known = [n for n in models.list_models(module=models) if n.startswith(("resnet", "resnext", "wide_resnet"))]
@@ -204,12 +206,12 @@ def _torchvision_backbone(name: str, stage: str | None, weights: str) -> Backbon
     full: Any = models.get_model(name, weights=None)
     _load_weights(full, weights, lambda: _torchvision_weights(name, weights), ignore=("fc.",))
     children = OrderedDict((n, child) for n, child in full.named_children() if n not in ("avgpool", "fc"))
-    if stage is not None:
-        stages = [n for n in children if n.startswith("layer")]
-        if stage not in stages:
-            raise UsageError(f"encoder.stage: {name} has no block {stage!r}{nearest(stage, stages)}")
+    if last_block is not None:
+        blocks = [n for n in children if n.startswith("layer")]
+        if last_block not in blocks:
+            raise UsageError(f"encoder.last_block: {name} has no block {last_block!r}{nearest(last_block, blocks)}")
         names = list(children)
-        children = OrderedDict((n, children[n]) for n in names[: names.index(stage) + 1])
+        children = OrderedDict((n, children[n]) for n in names[: names.index(last_block) + 1])
     network = nn.Sequential(children)
     return Backbone(network, _count_channels(network), IMAGENET_MEAN, IMAGENET_STD)
 
@@ -227,7 +229,7 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
     return state
 
 
-def _timm_backbone(name: str, stage: str | None, weights: str) -> Backbone:
+def _timm_backbone(name: str, last_block: str | None, weights: str) -> Backbone:
     try:
         import timm
     except ImportError:
@@ -243,18 +245,18 @@ def _timm_backbone(name: str, stage: str | None, weights: str) -> Backbone:
     heads = config.get("classifier") or "classifier"
     ignore = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     _load_weights(network, weights, lambda: _timm_weights(name, weights), ignore)
-    if stage is not None:
-        _cut(network, stage)
+    if last_block is not None:
+        _cut(network, last_block)
     channels = _count_channels(network)
     return Backbone(network, channels, tuple(config["mean"]), tuple(config["std"]))
 
 
-def _cut(network: nn.Module, stage: str) -> None:
-    """Let a photo pass unchanged through the blocks behind a stage."""
+def _cut(network: nn.Module, last_block: str) -> None:
+    """Let a photo pass unchanged through the blocks behind the last one."""
     names = [name for name, _ in _blocks(network)]
-    if stage not in names:
-        raise UsageError(f"encoder.stage: the encoder has no block {stage!r}{nearest(stage, names)}")
-    for name in names[names.index(stage) + 1 :]:
+    if last_block not in names:
+        raise UsageError(f"encoder.last_block: the encoder has no block {last_block!r}{nearest(last_block, names)}")
+    for name in names[names.index(last_block) + 1 :]:
         network.set_submodule(name, nn.Identity())
 
 

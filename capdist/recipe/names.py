@@ -42,7 +42,7 @@ def find_recipe(recipe: str | Path) -> Path:
     if str(recipe) in shipped:
         return _from_here(shipped[str(recipe)])
     if path.stem in shipped and path == Path("configs", f"{path.stem}.yaml"):
-        _say_once(f"{path}: no such file here; taking the shipped recipe, {shipped[path.stem]}")
+        say_once(f"{path}: no such file here; taking the shipped recipe, {shipped[path.stem]}")
         return shipped[path.stem]
     try:
         path.stat()
@@ -67,7 +67,7 @@ def _from_here(path: Path) -> Path:
     return Path(os.path.relpath(path)) if path.is_relative_to(Path.cwd()) else path
 
 
-def _say_once(line: str) -> None:
+def say_once(line: str) -> None:
     """Log a line in the first process of a launch, unless a parent `capdist train` has read the recipe before."""
     if EXIT_FOLDER_VARIABLE not in os.environ and os.environ.get("RANK", "0") == "0":
         logger.warning(line)

@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 from capdist.errors import Mistake, UsageError, nearest_name, show_value
 from capdist.files import write_atomically
 from capdist.recipe.names import find_recipe
+from capdist.recipe.old_names import RENAMED_KEYS, tell_renamed, with_new_names
 from capdist.recipe.sections import (
     Recipe,
     keys_of,
@@ -78,12 +79,13 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     write_atomically(path, yaml.dump(recipe.to_dict(), Dumper=_RecipeDumper, sort_keys=False))
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, is_saved: bool = False) -> Recipe:
     """Read a recipe file, apply overrides, check everything.
 
     Args:
         path: YAML file, or name of a shipped recipe.
         overrides: `section.key=value`, values written as in YAML, text as it stands.
+        is_saved: The file is the `config.yaml` of a run; nobody is told which of its names are old.
 
     Returns:
         The recipe, or the first of its stages.
@@ -91,10 +93,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UsageError: with one line for each mistake in the file and the overrides.
     """
-    return load_stages(path, overrides)[0]
+    return load_stages(path, overrides, is_saved=is_saved)[0]
 
 
-def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]:
+def load_stages(path: str | Path, overrides: Sequence[str] = (), *, is_saved: bool = False) -> list[Recipe]:
     """Read a recipe file whose training may come in stages, apply overrides, check everything.
 
     Below `stages:` a file may name stages, each with the sections and keys in which it differs from the rest of the
@@ -105,6 +107,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
         path: YAML file, or name of a shipped recipe.
         overrides: `section.key=value`, values written as in YAML but text as it stands, which hold in all stages; or
             `stages.<name>.section.key=value`.
+        is_saved: As in `load_recipe`.
 
     Returns:
         A recipe for each stage; one if the file names none.
@@ -115,6 +118,9 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Recipe]
     path = find_recipe(path)
     mistakes: list[Mistake] = []
     values, places = _read_yaml(path, mistakes)
+    values, overrides, renamed = with_new_names(values, places, overrides)
+    if not is_saved:
+        tell_renamed(renamed)
     stages = values.pop("stages", None)
     if stages is None:
         for override in overrides:
@@ -167,9 +173,8 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence
     """
     mistakes: list[Mistake] = []
     places: Places = {}
-    if not overrides:
-        return _validate(values, places, origin, mistakes)
-    changed = copy.deepcopy(dict(values))
+    changed, overrides, renamed = with_new_names(copy.deepcopy(dict(values)), places, overrides, origin)
+    tell_renamed(renamed)
     for override in overrides:
         _apply_override(changed, places, override, mistakes)
     return _validate(changed, places, origin, mistakes)
@@ -330,6 +335,8 @@ def _unknown_key(key: tuple[str, ...], values: Mapping[str, Any]) -> tuple[str, 
     if len(key) == 1:
         return "unknown key", _suggest(nearest_name(key[0], Recipe.model_fields), Recipe.model_fields)
     section, name = key
+    if new := RENAMED_KEYS.get((section, name)):
+        return f"is the old name of {section}.{new}, which is given too", "keep one"
     chosen = section_class(section, values[section])
     known = keys_of(chosen)
     if owners := [one for one in section_classes(section) if name in keys_of(one)]:

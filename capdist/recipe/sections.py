@@ -76,52 +76,52 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    """Where a run lives and what makes it repeatable."""
+    """Where a run lives, and what makes it repeatable."""
 
     name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$"), PLACE] = "run"
-    """Name of the run; its folder is `<output_dir>/<name>/`."""
+    """Names the run. Its folder is `<output_dir>/<name>/`."""
     output_dir: Annotated[Name, PLACE] = "runs"
-    """Folder that holds the runs."""
+    """Folder that holds the runs and their feature cache."""
     seed: Annotated[NotNegative, FIXED] = 0
-    """Decides initial weights, order, augmentation and dropout."""
+    """Decides initial weights, order, augmentation, dropout and samples. The same seed gives the same run."""
     threads: Annotated[Positive | None, PLACE] = None
-    """Processor threads of each process; null = share the machine's processors among its processes. The launcher's
-    `--num_cpu_threads_per_process`, 1 where nobody gives it, is not heeded."""
+    """CPU threads of each process; null shares the cores of the machine among its processes.
+    `--num_cpu_threads_per_process` of the launcher has no effect."""
 
 
 class DataSection(Section):
-    """Which photos and captions, and how they reach the model."""
+    """Which captioned photos a run uses, and how they reach the model."""
 
     source: Annotated[Literal["scenes", "flickr8k", "karpathy", "hub", "folder"], FIXED] = "scenes"
-    """Where captioned photos come from; `scenes` are drawn and need nothing."""
+    """Kind of data set. `scenes` are drawn by the program and need no files."""
     path: Annotated[str | None, PLACE] = None
-    """Folder or file of the source, or a Hugging Face data set id; `scenes` needs none."""
+    """Folder or file of the source, or the id of a Hugging Face data set. `scenes` takes none."""
     image_size: Annotated[ImageSize, PER_STAGE] = 224
-    """Photos are squashed to this many pixels a side: nothing that a caption may mention is cut off."""
+    """Pixels a side to which photos are resized. Their proportions change, but nothing is cut off."""
     batch_size: Annotated[Positive, PER_STAGE] = 32
     """Images in one micro-batch of one process."""
     captions_per_image: Annotated[int, Field(ge=1, le=5), PER_STAGE] = 5
-    """Captions that share one pass of an image. An epoch shows every caption once whatever this says: with fewer than
-    an image has, images pass several times; in `scst` each time with new samples."""
+    """Captions that share one encoding of their image in a batch. An epoch shows every caption once, so an image with
+    more captions comes several times."""
     num_workers: Annotated[int, Field(ge=0, le=256), FREE] = 0
-    """Loader processes; 0 loads in the main process."""
+    """Processes that load photos; 0 loads them in the main process."""
     limit: Annotated[Positive | None, FIXED] = None
-    """Use only the first so many images of each split."""
+    """Uses only the first N images of each split; null uses all."""
     random_crop: Annotated[float, Field(gt=0, le=1), PER_STAGE] = 1.0
-    """Smallest share of a photo's area that a random training crop keeps; 1 = no cropping."""
+    """Smallest share of a photo's area that a random training crop keeps; 1 crops nothing."""
     horizontal_flip: Annotated[bool, PER_STAGE] = False
-    """Mirror every second training photo, and swap `left` and `right` in its captions."""
+    """Mirrors half of the training photos at random, and swaps `left` and `right` in their captions."""
     color_jitter: Annotated[float, Field(ge=0, le=1), PER_STAGE] = 0.0
-    """Strength of random brightness, contrast and saturation in training; 0 = none."""
+    """Strength of random changes of brightness, contrast and saturation in training; 0 changes nothing."""
     image_column: Annotated[str | None, FIXED] = None
-    """`hub`, `folder`: column of the image or its file name; null = found by itself."""
+    """Column that holds the image or its file name, for `hub` and `folder`. null looks for a usual name."""
     captions_column: Annotated[str | None, FIXED] = None
-    """`hub`, `folder`: column of captions: a list, one a row, or a pattern such as `caption_*`; null = found by
-    itself."""
+    """Column of captions, for `hub` and `folder`: a list, one a row, or a pattern such as `caption_*`. null looks for a
+    usual name."""
     id_column: Annotated[str | None, FIXED] = None
-    """`hub`: column that names the image; null = found by itself."""
+    """Column that names the image, for `hub`. null looks for a usual name."""
     split_column: Annotated[str | None, FIXED] = None
-    """`hub`, `folder`: column that names the split; null = the source's own splits."""
+    """Column that names the split, for `hub` and `folder`. null takes the splits of the source."""
 
     @property
     def augments(self) -> bool:
@@ -130,51 +130,56 @@ class DataSection(Section):
 
 
 class TextSection(Section):
-    """Words."""
+    """Which words the model knows."""
 
     min_frequency: Annotated[Positive, FIXED] = 2
-    """Words seen less often in the training captions become `<unk>`."""
+    """Words that occur fewer times than this in the training captions become `<unk>`."""
     max_length: Annotated[int, Field(ge=2, le=200), FIXED] = 20
-    """Most words in a caption, in training (longer ones are cut and counted) and in search."""
+    """Most words in a caption. Longer training captions are cut, and their number is printed."""
 
 
 class EncoderSection(Section):
     """The network that turns a photo into a grid of features."""
 
     name: Annotated[Name, LAYERS] = "resnet50"
-    """A torchvision ResNet (`resnet18` to `resnet152`, `resnext…`, `wide_resnet…`) or `timm/<name>`."""
+    """A torchvision ResNet (`resnet18` to `resnet152`, `resnext…`, `wide_resnet…`), or `timm/<name>` for a network of
+    timm."""
     weights: Annotated[Name, PLACE] = "DEFAULT"
-    """`DEFAULT` or a torchvision weights name (downloaded), a local `.pth` or `.safetensors` file, or `none`."""
-    stage: Annotated[Name | None, LAYERS] = None
-    """Last block of the network that is used, such as `layer3` or `blocks.6`; null = all of them."""
+    """`DEFAULT` or another name of torchvision downloads weights. A `.pth` or `.safetensors` file is read. `none`
+    starts from random weights."""
+    last_block: Annotated[Name | None, LAYERS] = None
+    """Last block of the network that is used, such as `layer3` or `blocks.6`; null uses all of them."""
     grid: Annotated[GridSide | None, LAYERS] = None
-    """Average-pool the feature map to this many cells a side (14 as published); null = as it comes."""
+    """Cells a side to which the feature map is average-pooled. null keeps its size; Xu et al. use 14."""
     projection: Annotated[Positive | None, LAYERS] = None
-    """Width of a learned 1x1 convolution over the features; null = none."""
+    """Channels of a learned 1x1 convolution over the features; null adds none."""
     trainable_from: Annotated[str | None, PER_STAGE] = None
-    """First block that trains, such as `layer3`, or `all`; null = the encoder stays frozen."""
+    """First block that trains, such as `layer3`, or `all`. null keeps the encoder frozen."""
     batch_norm: Annotated[Literal["frozen", "train"], PER_STAGE] = "frozen"
-    """Whether BatchNorm of blocks that train uses its stored statistics or those of the batch."""
+    """Statistics that BatchNorm uses in blocks that train: `frozen` takes the stored ones, `train` those of the
+    batch."""
     cache: Annotated[Literal["auto", "off"], FREE] = "auto"
-    """`auto`: encode each photo once if the encoder is frozen and nothing is augmented; see also `cache_views`."""
+    """`auto` encodes each photo once for all epochs if the encoder is frozen and photos are not augmented, or
+    `cache_views` is set. `off` encodes anew in each step."""
     cache_views: Annotated[Positive | None, PER_STAGE] = None
-    """With augmentation and a frozen encoder: encode this many random views of each training photo once and go
-    through them epoch by epoch; null = augment anew in every epoch, without a cache."""
+    """Encodes this many augmented views of each training photo once, and uses one an epoch. null augments anew in every
+    epoch, without a cache."""
     precision: Annotated[Literal["auto", "inherit", "no", "bf16"], PER_STAGE] = "auto"
-    """Arithmetic of a frozen encoder's pass: `auto` = bf16 where the processor has units for it, else float32;
-    `inherit` = as training.mixed_precision took effect."""
+    """Arithmetic of a frozen encoder. `auto` takes bf16 where the processor is fast at it, `inherit` takes that of
+    training."""
+    batch_size: Annotated[Positive, FREE] = 64
+    """Images that one process encodes at once for the cache."""
     compile: Annotated[Literal["auto", "on", "off"], FREE] = "auto"
-    """Whether the encoder that fills the cache is compiled: `auto` = once it is clear that a quarter of an hour of
-    encoding remains."""
+    """Compiles the encoder that fills the cache. `auto` does so once at least 15 minutes of encoding remain."""
     gradient_checkpointing: Annotated[bool, FREE] = False
-    """Recompute the activations of blocks that train in the backward pass: less memory, about a third more time."""
+    """Recomputes activations of the encoder in the backward pass. It saves memory and takes about a third more time."""
 
 
 class DecoderSection(Section):
-    """The network that turns features into words: the keys of every decoder. `name` decides which others there are."""
+    """The network that turns features into words: the keys that every decoder has."""
 
     name: Annotated[Name, LAYERS]
-    """Which decoder, a key of `DECODER_SECTIONS`."""
+    """Chooses the decoder, and with it the other keys of this section."""
     dropout: Annotated[Fraction, PER_STAGE] = 0.5
     """Share of activations that are set to zero in training."""
 
@@ -187,22 +192,22 @@ class SoftAttentionSection(DecoderSection):
     """An LSTM that looks at the grid by soft attention before each word (Xu et al. 2015, Show, Attend and Tell)."""
 
     name: Annotated[Literal["soft_attention"], LAYERS] = "soft_attention"
-    """The LSTM of Xu et al., Show, Attend and Tell (2015)."""
+    """Chooses the LSTM with soft attention."""
     embed_size: Annotated[Positive, LAYERS] = 512
-    """Width of a word vector."""
+    """Dimensions of a word vector."""
     hidden_size: Annotated[Positive, LAYERS] = 512
-    """Width of the state of the LSTM."""
+    """Dimensions of the hidden state of the LSTM."""
     attention_size: Annotated[Positive, LAYERS] = 512
-    """Width of the space in which query and keys meet."""
+    """Dimensions in which attention compares a query with the keys of cells."""
     attention: Annotated[Literal["additive", "dot"], LAYERS] = "additive"
     """How a query is compared with the cells: `additive` (Bahdanau et al. 2015) or `dot` products (Vaswani et al.
     2017)."""
     dropout: Annotated[Fraction, PER_STAGE] = 0.5
-    """Dropout on word vectors and on the state before the vocabulary head."""
+    """Share of word vectors, and of the hidden state before the output layer, that is set to zero in training."""
     gate: Annotated[bool, LAYERS] = False
-    """Scale the context by a learned gate of the state (beta in Xu et al., section 4.2.1)."""
+    """Scales what attention saw by a learned gate (beta in Xu et al., section 4.2.1)."""
     tie_weights: Annotated[bool, LAYERS] = False
-    """Use one matrix for word vectors and vocabulary head; needs embed_size = hidden_size."""
+    """Shares one matrix between word vectors and output layer. It needs embed_size = hidden_size."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield what these keys get wrong together."""
@@ -217,17 +222,17 @@ class TransformerSection(DecoderSection):
     """A small Transformer with cross-attention over the grid (Vaswani et al. 2017, Attention Is All You Need)."""
 
     name: Annotated[Literal["transformer"], LAYERS] = "transformer"
-    """The decoder of Vaswani et al., Attention Is All You Need (2017)."""
+    """Chooses the Transformer."""
     hidden_size: Annotated[Positive, LAYERS] = 512
-    """Width of a word vector and of every layer; a multiple of num_heads."""
+    """Dimensions of a word vector and of the output of every layer. It must be a multiple of num_heads."""
     num_layers: Annotated[Positive, LAYERS] = 2
-    """Layers, each with self-attention over words and cross-attention over cells."""
+    """Number of layers, each with self-attention over words and cross-attention over cells."""
     num_heads: Annotated[Positive, LAYERS] = 8
-    """Heads of each attention."""
+    """Number of heads of each attention."""
     dropout: Annotated[Fraction, PER_STAGE] = 0.1
-    """Dropout on word vectors and on the output of each part of a layer."""
+    """Share of word vectors, and of the output of each part of a layer, that is set to zero in training."""
     tie_weights: Annotated[bool, LAYERS] = False
-    """Use one matrix for word vectors and vocabulary head."""
+    """Shares one matrix between word vectors and output layer."""
 
     def mistakes(self) -> Iterator[Mistake]:
         """Yield what these keys get wrong together."""
@@ -264,75 +269,74 @@ AnyDecoderSection = Annotated[SerializeAsAny[DecoderSection], BeforeValidator(_c
 class TrainingSection(Section):
     """How the weights change."""
 
-    stage: Annotated[Literal["cross_entropy", "scst"], PER_STAGE] = "cross_entropy"
-    """`cross_entropy` learns the captions of people word by word; `scst` (self-critical sequence training, Rennie et
-    al. 2017) samples captions and learns from their scores, without dropout, see section `scst`."""
+    objective: Annotated[Literal["cross_entropy", "scst"], PER_STAGE] = "cross_entropy"
+    """`cross_entropy` learns human captions word by word. `scst` (self-critical training, Rennie et al. 2017) samples
+    captions and learns from their scores, see section `scst`."""
     # A resumed run starts from its checkpoint, not from here.
     start_from: Annotated[Name | None, Key(stages=True, resume="always")] = None
-    """Model folder whose weights, the encoder's too, training starts from; null = new weights."""
+    """Model folder whose weights training starts from, those of the encoder too; null starts with new ones."""
 
     epochs: Annotated[Positive, LENGTH] = 10
     """Passes over all training captions."""
     max_steps: Annotated[Positive | None, LENGTH] = None
-    """Stop after so many optimizer steps even if epochs remain; null = no such limit."""
+    """Stops after this many optimizer steps, even if epochs remain; null sets no such limit."""
     learning_rate: Annotated[Rate, PER_STAGE] = 1e-3
-    """Peak rate of an optimizer step, never multiplied by the number of processes."""
+    """Peak learning rate. It is never multiplied by the number of processes."""
     encoder_learning_rate: Annotated[Rate | None, PER_STAGE] = None
-    """Peak rate of the encoder's blocks that train; null = learning_rate."""
+    """Peak learning rate of the encoder's blocks that train; null takes learning_rate."""
     optimizer: Annotated[Literal["adam", "adamw"], PER_STAGE] = "adamw"
-    """`adam` (Kingma & Ba) or `adamw` (Loshchilov & Hutter)."""
+    """`adam` is by Kingma & Ba (2015), `adamw` by Loshchilov & Hutter (2019)."""
     weight_decay: Annotated[float, Field(ge=0, le=1), PER_STAGE] = 0.0
-    """Decay of matrices under `adamw`; biases, norms and word vectors, also those that are
-    the vocabulary head, are exempt. `adam` takes none."""
+    """Weight decay of `adamw` on matrices. Biases, norms and word vectors are exempt, also where the output layer
+    shares them."""
     schedule: Annotated[Literal["constant", "cosine"], PER_STAGE] = "cosine"
-    """Rate after warm-up: as it is, or down to zero along half a cosine."""
+    """Learning rate after warm-up: `constant` keeps the peak, `cosine` goes down to zero along half a cosine."""
     warmup_steps: Annotated[NotNegative, PER_STAGE] = 0
-    """Steps over which the rate grows from zero; a run that ends before is all warm-up."""
+    """Optimizer steps in which the learning rate grows from zero to its peak."""
     accumulation: Annotated[Positive, PER_STAGE] = 1
-    """Micro-batches of each process in one optimizer step."""
+    """Micro-batches of each process that one optimizer step sums up."""
     clip_norm: Annotated[PositiveNumber | None, PER_STAGE] = 5.0
-    """Largest norm of all gradients together; null = no clipping."""
+    """Largest norm of all gradients together. Larger gradients are scaled down to it; null clips nothing."""
     label_smoothing: Annotated[Fraction, PER_STAGE] = 0.1
-    """Share of probability spread over all words (Szegedy et al. 2016); not in `scst`."""
+    """Share of the target probability that is spread over all words (Szegedy et al. 2016). `scst` ignores it."""
     scheduled_sampling: Annotated[Fraction, PER_STAGE] = 0.0
-    """Share of the words read in training that are the model's own instead of people's, reached bit by bit over the run
-    (Bengio et al. 2015); not in `scst`."""
+    """Share of input words that the model samples itself at the end of the run; it grows from 0 (Bengio et al. 2015).
+    `scst` ignores it."""
     doubly_stochastic: Annotated[Weight, PER_STAGE] = 0.0
-    """Weight of the penalty that every cell be looked at about once (Xu et al., equation 14); not in `scst`."""
+    """Weight of the penalty that makes attention look at every cell about once (Xu et al., equation 14). `scst` ignores
+    it."""
     word_presence: Annotated[Weight, PER_STAGE] = 0.0
-    """Weight of a second task for the features: to tell from their mean which words the captions of an image have
-    (Wu et al. 2016). The layer that does so is not kept; not in `scst`."""
+    """Weight of an auxiliary loss: predict from the mean feature which words the captions of an image have (Wu et al.
+    2016). Its layer is not saved with the model. `scst` ignores it."""
     mixed_precision: Annotated[Literal["inherit", "no", "bf16", "fp16"], FIXED] = "inherit"
-    """Precision of the arithmetic; `inherit` takes what `accelerate launch` was given."""
+    """Precision of training and captioning; `inherit` takes that of `accelerate launch`."""
     ema_decay: Annotated[Decay | None, PER_STAGE] = None
-    """Validate and keep an exponential moving average of the weights, of which each step keeps this share,
-    but no more than (1 + t) / (10 + t) at step t: a run of fewer than 9 / (1 - ema_decay) steps averages about its last
-    tenth whatever this says. null = the weights as they are."""
+    """Decay of an exponential moving average (EMA) of the weights, which is then validated and saved. It is capped at
+    (1 + t) / (10 + t) in step t, which decides in runs of fewer than 9 / (1 - ema_decay) steps. null averages
+    nothing."""
     patience: Annotated[Positive | None, LENGTH] = None
-    """Stop after so many validations without a better score; null = never."""
+    """Stops after this many validations without a better score; null never does."""
     log_every: Annotated[Positive, FREE] = 10
-    """Steps between two training lines of `log.jsonl`."""
+    """Optimizer steps between two training lines in `log.jsonl`, and off a terminal in the output."""
 
 
 class ScstSection(Section):
-    """Self-critical training, `training.stage=scst`."""
+    """Self-critical training, which `training.objective=scst` turns on."""
 
     samples: Annotated[int, Field(ge=1, le=64), PER_STAGE] = 5
-    """Captions drawn of each image in a step."""
+    """Captions that the model samples for each image in a step."""
     baseline: Annotated[Literal["others", "greedy"], PER_STAGE] = "others"
-    """What a reward is compared with: the mean of the other samples of the image (Luo 2020), or the reward of its
+    """Reward that is subtracted. `others` is the mean of the image's other samples (Luo 2020), `greedy` is that of its
     greedy caption (Rennie et al. 2017)."""
     temperature: Annotated[float, Field(gt=0, le=1), PER_STAGE] = 1.0
-    """The vocabulary head is divided by it before the first step, so that below 1 the model draws more of what it
-    finds probable. What label smoothing and dropout have taught is flat: undivided, its samples are far worse than its
-    greedy captions, and learning from them makes captions short and safe instead of good. Each run
-    that starts divides anew: to go on from a model of scst, set 1."""
+    """Divides the output logits once, when the run starts. Models trained with label smoothing sample poorly at 1.0;
+    try 0.5. To start from a model of `scst`, use 1."""
     cider_weight: Annotated[Weight, PER_STAGE] = 1.0
-    """Weight of CIDEr-D, 0…10, in the reward; document frequencies are those of the training split."""
+    """Weight of CIDEr-D (0 to 10) in the reward. Document frequencies come from the training split."""
     bleu_weight: Annotated[Weight, PER_STAGE] = 0.0
-    """Weight of BLEU-4 of the caption, 0…1, in the reward."""
+    """Weight of BLEU-4 (0 to 1) of the caption in the reward."""
     cross_entropy_weight: Annotated[Weight, PER_STAGE] = 0.0
-    """Weight of the cross-entropy of people's captions, learned along in the same steps."""
+    """Weight of the cross-entropy of human captions, which is added to the loss."""
 
 
 _BEAMS_NEEDED = {"length_penalty": 2, "consensus": 3}
@@ -343,16 +347,15 @@ class SearchSettings(Section):
     """How captions are searched. Recipes, model folders, `Captioner` and the command line all take these settings."""
 
     beam_size: Annotated[int, Field(ge=1, le=100), PER_STAGE] = 3
-    """Beams of the search; 1 = greedy."""
+    """Number of beams; 1 is greedy search."""
     length_penalty: Annotated[float, Field(ge=0, le=5), PER_STAGE] = 0.0
-    """Exponent of the length by which a caption's log-probability is divided."""
+    """Divides a beam's log-probability by its length to this power; 0 compares probabilities."""
     no_repeat_ngram: Annotated[NotNegative, PER_STAGE] = 0
-    """No caption says the same n words in a row twice; 0 = off."""
+    """Blocks repeated n-grams of this many words; 0 allows them."""
     consensus: Annotated[PositiveNumber | None, PER_STAGE] = None
-    """Say the candidate that agrees most with all candidates, each trusted by its probability ** (1 / consensus);
-    null = the most probable one. Wants more beams: 10."""
+    """Temperature of consensus (MBR) reranking; null picks the most probable candidate. Use about 10 beams."""
     min_length: Annotated[NotNegative, PER_STAGE] = 0
-    """Fewest words in a caption."""
+    """Fewest words that a caption has."""
 
     def __str__(self) -> str:
         """Return what tells this search from others, for the title of a table."""
@@ -398,37 +401,37 @@ class SearchSettings(Section):
 
 
 class EvaluationSection(SearchSettings):
-    """Free-running validation."""
+    """Validation: the model captions photos, and its captions are scored."""
 
     every_epochs: Annotated[Positive, FREE] = 1
-    """Epochs between two validations; the last epoch always ends with one."""
+    """Epochs between two validations. The last epoch always ends with one."""
     batch_size: Annotated[Positive, FREE] = 64
-    """Images that one process captions, or encodes for the cache, at once."""
+    """Images that one process captions at once."""
     select_by: Annotated[Literal["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"], PER_STAGE] = "cider"
     """Validation metric that decides which model is the best."""
     halve_validation: Annotated[bool, FIXED] = False
-    """Choose the best model on one half of the validation split; the other (`dev-report`) then gives the final scores
-    where there is no test split, scores on which nothing was chosen."""
+    """Chooses the best model on one half of the validation split and holds out the other, `dev-report`. Without a test
+    split, the final scores are those of `dev-report`."""
 
 
 class CheckpointSection(Section):
-    """Saved states of a run."""
+    """When a run saves its state, and how many states it keeps."""
 
     every_steps: Annotated[Positive | None, FREE] = None
-    """Optimizer steps between two checkpoints; null = at the end of each epoch."""
+    """Optimizer steps between two checkpoints; null saves one at the end of each epoch."""
     keep: Annotated[int, Field(ge=2), FREE] = 2
-    """Newest checkpoints to keep. At least two, so that one is whole at any moment."""
+    """Number of checkpoints to keep, the newest. Two or more, so that one is whole at any moment."""
 
 
 class TrackingSection(Section):
-    """Who else hears of the run; `log.jsonl` is always written."""
+    """Where a run reports its progress, beside `log.jsonl`."""
 
     with_: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(alias="with", strict=False), PLACE] = (
         "tensorboard",
     )
-    """Trackers: `tensorboard`, `wandb` or both."""
+    """Trackers to report to."""
     project: Annotated[Name, PLACE] = "capdist"
-    """Project name for wandb."""
+    """Project of the run in wandb."""
 
 
 class Recipe(Section):
@@ -487,7 +490,7 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[Mistake]:
             "one sample has no others to be compared with",
             "take 2 or more, or scst.baseline=greedy",
         )
-    if recipe.training.stage == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
+    if recipe.training.objective == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
         yield Mistake("encoder.batch_norm", "scst learns with the statistics that it samples with", "set frozen")
     yield from start_in_own_folder(recipe)
     if scst.cider_weight == scst.bleu_weight == 0:

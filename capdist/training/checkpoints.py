@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from capdist.distributed.launch import Accelerator, on_main
 from capdist.errors import CheckpointError, reason_of
 from capdist.files import staged_folder
 from capdist.model_folder import sha256
+from capdist.recipe.old_names import rename_old_keys
 from capdist.recipe.sections import FIXED, Key, Recipe, rules_of, section_class
 from capdist.training.averaging import WeightAverage
 
@@ -166,19 +166,6 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def find_checkpoint(recipe: Recipe, accelerator: Accelerator) -> Path | None:
-    """Return the checkpoint from which a run continues, or None if there never was one. All processes get it.
-
-    Raises:
-        CheckpointError: as `newest_checkpoint`.
-    """
-    folder = recipe.run_folder / "checkpoints"
-    path = on_main(accelerator, lambda: newest_checkpoint(folder, logger.warning))
-    if path is None:
-        logger.info(f"no checkpoint in {folder} yet: starting from the beginning")
-    return path
-
-
 def find_damage(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, or None."""
     try:
@@ -206,8 +193,9 @@ def read_state(checkpoint: Path) -> tuple[TrainState, Identity]:
     """
     try:
         values = json.loads((checkpoint / STATE).read_text())
-        return TrainState(**values["state"]), Identity(**values["identity"])
-    except (ValueError, KeyError, TypeError) as error:
+        recipe, _ = rename_old_keys(values["identity"]["recipe"])
+        return TrainState(**values["state"]), Identity(**values["identity"] | {"recipe": recipe})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{checkpoint / STATE}: not a state of this version of capdist ({error})") from None
 
 

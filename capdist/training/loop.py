@@ -1,18 +1,15 @@
-"""The loop: steps, and what happens between two steps."""
+"""The loop: steps, and when to validate, save and stop between two steps."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import nn
 
 from capdist.data.batches import CaptionBatch, CaptionDataset, Collator, build_views
@@ -23,23 +20,21 @@ from capdist.distributed.launch import on_main
 from capdist.distributed.stopping import StopSignals
 from capdist.evaluation.evaluator import Evaluator
 from capdist.features.source import FeatureSource
-from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel
 from capdist.progress import Progress
-from capdist.recipe.sections import Recipe
 from capdist.training import OBJECTIVES
 from capdist.training.averaging import WeightAverage
 from capdist.training.checkpoints import (
-    Identity,
     TrainState,
     load_checkpoint,
     prune_checkpoints,
-    read_state,
     save_checkpoint,
 )
 from capdist.training.optimization import set_learning_rate
+from capdist.training.run import Run
 from capdist.training.step import StepReport, TrainStep
 from capdist.training.tracking import Tracking
+from capdist.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -81,39 +76,37 @@ class Loop:
     """A run from its first step, or the step after a checkpoint, to its last.
 
     Args:
-        accelerator: Of the launch.
-        recipe: Of the run.
-        data: Prepared.
-        model: As `accelerator.prepare` gave it.
-        optimizer: Likewise.
-        preprocessing: Of photos.
+        run: Gives the recipe, the processes and where to go on.
+        data: What the run trains on.
+        model: The network as `accelerator.prepare` gave it.
+        optimizer: As `accelerator.prepare` gave it.
+        preprocessing: What photos go through before the encoder.
         sources: Features by split.
-        evaluator: Of validations.
-        identity: Of the run.
+        evaluator: Captions and scores the validation split.
     """
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        recipe: Recipe,
+        run: Run,
         data: PreparedData,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         preprocessing: Preprocessing,
         sources: Mapping[str, FeatureSource],
         evaluator: Evaluator,
-        identity: Identity,
     ) -> None:
-        self.accelerator, self.recipe, self.data = accelerator, recipe, data
+        self.run, self.accelerator, self.recipe, self.data = run, run.accelerator, run.recipe, data
         self.optimizer, self.preprocessing, self.sources = optimizer, preprocessing, sources
-        self.evaluator, self.identity = evaluator, identity
+        accelerator, recipe = run.accelerator, run.recipe
         self.unwrapped = cast(CaptionModel, accelerator.unwrap_model(model))
         self.model = model
-        self.state = TrainState()
+        self.state = run.state
         self._saved_step = 0
         self.checkpoints = recipe.run_folder / "checkpoints"
         self.average = WeightAverage(self.unwrapped, decay) if (decay := recipe.training.ema_decay) else None
-        kind, source = OBJECTIVES[recipe.training.stage], sources["train"]
+        choosing = None if data.choosing is None else sources[data.choosing.name]
+        self.validate = Validation(run, data, self.unwrapped, preprocessing, choosing, evaluator, self.average)
+        kind, source = OBJECTIVES[recipe.training.objective], sources["train"]
         self.objective = kind.build(recipe, data, self.unwrapped, source, accelerator)
         self.step = TrainStep(accelerator, model, optimizer, recipe, source, self.objective)
         self.plan = Plan.build(
@@ -140,18 +133,19 @@ class Loop:
             self.data.vocabulary.mirrored_words,
         )
 
-    def restore(self, path: Path) -> None:
-        """Continue from a whole checkpoint of this run, see `check_checkpoint`.
+    def restore(self) -> None:
+        """Put the weights and the optimizer of the run's checkpoint in place; without one do nothing.
 
         Raises:
-            CheckpointError: if it cannot be read.
+            CheckpointError: if they do not fit.
         """
-        self.state, _ = read_state(path)
-        load_checkpoint(path, self.unwrapped, self.optimizer, self.average)
+        if self.run.checkpoint is None:
+            return
+        load_checkpoint(self.run.checkpoint, self.unwrapped, self.optimizer, self.average)
         if self.accelerator.scaler is not None and self.state.scaler:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self._saved_step = self.state.step
-        logger.info(f"resuming after step {self.state.step:,} of {self.total_steps:,} from {path}")
+        logger.info(f"resuming after step {self.state.step:,} of {self.total_steps:,} from {self.run.checkpoint}")
 
     def warm_up(self) -> None:
         """See `TrainStep.warm_up`; a single process has nothing to warm up."""
@@ -163,7 +157,7 @@ class Loop:
                 raise batch
             self.step.warm_up(batch)
 
-    def run(self, tracking: Tracking, signals: StopSignals) -> TrainState:
+    def train(self, tracking: Tracking, signals: StopSignals) -> TrainState:
         """Take all remaining steps.
 
         Args:
@@ -185,9 +179,9 @@ class Loop:
             initial=self.state.step, is_training=True, is_main=self.accelerator.is_main_process,
         ) as progress:  # fmt: skip
             if self.state.step == 0 and self.recipe.training.start_from is not None:
-                meter.start_s += self._validate(tracking)  # a stage that makes things worse must not be kept
+                meter.start_s += self.validate(self.state, tracking)  # a stage that makes things worse must not be kept
             elif self._owes_validation():
-                meter.start_s += self._validate(tracking)
+                meter.start_s += self.validate(self.state, tracking)
                 self._saved_step = 0
             while self.state.step < self.total_steps and not self._is_stale():
                 index = self.state.step
@@ -206,7 +200,7 @@ class Loop:
                     meter = self._new_meter()
                 # Who asks to stop may give less time than a validation takes: the checkpoint comes first.
                 if self._ends_epoch(self.recipe.evaluation.every_epochs) and not report.stop:
-                    meter.start_s += self._validate(tracking)
+                    meter.start_s += self.validate(self.state, tracking)
                 # The best model must not be of a future that a resumed run may not repeat.
                 if self._checkpoint_is_due() or report.stop or self.state.best_step == self.state.step:
                     self._save()
@@ -264,56 +258,15 @@ class Loop:
         tracking.log(values, self.state.step, group="train")
         progress.report(values, self.recipe.training.epochs)
 
-    def _validate(self, tracking: Tracking) -> float:
-        with self.average.applied() if self.average is not None else nullcontext():
-            return self._validate_weights(tracking)
-
-    def _validate_weights(self, tracking: Tracking) -> float:
-        """Score the model, keep it if it is the best so far, and return the seconds this took."""
-        started = time.perf_counter()
-        self.state.validated_step = self.state.step
-        split = self.data.choosing
-        if split is None:
-            self._keep_model({})  # nothing to choose by: the newest is the best
-            return time.perf_counter() - started
-        # BatchNorm that trains has statistics of its own in each process; those of the main one are saved, so scored.
-        for buffer in self.unwrapped.buffers():
-            buffer.copy_(broadcast(buffer))
-        evaluation = self.evaluator.evaluate(self.unwrapped, split, self.sources[split.name])
-        seconds = time.perf_counter() - started
-        tracking.log(
-            {"split": split.name, **evaluation.metrics, "seconds": seconds}, self.state.step, group="validation"
-        )
-        score = evaluation.metrics[self.recipe.evaluation.select_by]
-        self.state.stale_validations += 1
-        if self.state.best_score is None or score > self.state.best_score:
-            self.state.best_score, self.state.best_step, self.state.stale_validations = score, self.state.step, 0
-            self._keep_model({"split": split.name, "chosen_on": split.name, **evaluation.metrics})
-        shown = ", ".join(f"{n} {evaluation.metrics[n]:.3f}" for n in ("bleu_1", "bleu_4", "cider"))
-        logger.info(f"step {self.state.step:,}: {split.name} {shown} ({seconds:.0f} s)")
-        return time.perf_counter() - started
-
-    def _keep_model(self, metrics: dict[str, Any]) -> None:
-        trained = TrainedModel(
-            self.unwrapped,
-            self.data.vocabulary,
-            self.preprocessing,
-            self.recipe.encoder,
-            self.recipe.decoder,
-            self.recipe.text.max_length,
-            self.recipe.evaluation.search,
-            metrics,
-        )
-        on_main(self.accelerator, lambda: save_pretrained(trained, self.recipe.run_folder / "model"))
-
     def _save(self) -> None:
         if self.accelerator.scaler is not None:
             self.state.scaler = self.accelerator.scaler.state_dict()
-        vocabulary = self.data.vocabulary.to_json()
+        vocabulary, identity = self.data.vocabulary.to_json(), self.run.identity
+        assert identity is not None
 
         def save() -> None:
             save_checkpoint(
-                self.checkpoints, self.unwrapped, self.optimizer, vocabulary, self.state, self.identity, self.average
+                self.checkpoints, self.unwrapped, self.optimizer, vocabulary, self.state, identity, self.average
             )
             prune_checkpoints(self.checkpoints, self.recipe.checkpoint.keep)
 

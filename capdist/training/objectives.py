@@ -6,7 +6,7 @@ Shapes: B images, R captions an image, T words, W words that are read, N cells, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -70,6 +70,11 @@ class Objective(ABC):
     def change_start(model: CaptionModel, recipe: Recipe) -> None:
         """Change the weights that a new run starts with; a resumed run has the changed ones already."""
         return
+
+    @staticmethod
+    def advise(recipe: Recipe) -> Iterator[str]:
+        """Yield a line for each setting of this objective that has an effect few want."""
+        yield from ()
 
     def prepare(self, step: int, window: Window) -> Window:
         """Return the micro-batches to learn in place of those that were loaded.

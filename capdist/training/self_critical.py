@@ -8,7 +8,7 @@ Shapes: B images, R samples of an image, T words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -109,6 +109,12 @@ class SelfCritical(Objective):
     def change_start(model: CaptionModel, recipe: Recipe) -> None:
         """See `Objective.change_start`; `scst.temperature` says why."""
         model.decoder.sharpen(recipe.scst.temperature)
+
+    @staticmethod
+    def advise(recipe: Recipe) -> Iterator[str]:
+        """See `Objective.advise`."""
+        if recipe.training.start_from is None:
+            yield "scst with new weights learns from noise; training.start_from names a model that captions"
 
     def prepare(self, step: int, window: Window) -> Window:
         """See `Objective.prepare`: the captions are replaced by samples."""

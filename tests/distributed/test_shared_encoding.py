@@ -44,7 +44,7 @@ def check_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) ->
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_killed_stopped_and_shared_out_is_as_in_one_go(tmp_path: Path) -> None:
     photos = draw_photos(tmp_path / "photos", {"train": 30, "validation": 5})
-    overrides = [*SMALL, "encoder.trainable_from=null", "encoder.batch_norm=frozen", "evaluation.batch_size=4"]
+    overrides = [*SMALL, "encoder.trainable_from=null", "encoder.batch_norm=frozen", "encoder.batch_size=4"]
     overrides += [f"data.path={photos}"]
     fill_cache(load_recipe(RECIPE[1], [*overrides, f"run.output_dir={tmp_path / 'straight'}"]))
     expected = stores(tmp_path / "straight")

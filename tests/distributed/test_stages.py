@@ -24,7 +24,7 @@ stages:
   words:
     training: {max_steps: 3}
   reward:
-    training: {max_steps: 6, stage: scst, learning_rate: 1e-3}
+    training: {max_steps: 6, objective: scst, learning_rate: 1e-3}
     scst: {samples: 3, bleu_weight: 0.5, cross_entropy_weight: 0.1}
 """
 """Everything that has a state of its own, on; the first stage is over before a fault at step 5."""

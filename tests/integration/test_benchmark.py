@@ -18,7 +18,8 @@ from capdist.benchmark.workload import FLICKR8K_LENGTHS, made_up_captions
 
 SIZES = (
     "data.image_size=64", "data.batch_size=4", "encoder.name=resnet18", "encoder.compile=off", "decoder.embed_size=16",
-    "decoder.hidden_size=16", "decoder.attention_size=16", "evaluation.batch_size=8", "run.threads=1",
+    "decoder.hidden_size=16", "decoder.attention_size=16", "encoder.batch_size=8",
+    "evaluation.batch_size=8", "run.threads=1",
 )  # fmt: skip
 CPU = torch.device("cpu")
 

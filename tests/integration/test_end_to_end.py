@@ -32,7 +32,7 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = launch(TRAIN, arguments, WANDB_MODE="offline")
     check_finished(result)
     assert "constant caption" in result.stdout
-    assert "evaluation.consensus does nothing with fewer than three beams" in result.stderr
+    assert "evaluation.consensus does nothing with fewer than 3 beams" in result.stderr
     return folder / "small"
 
 

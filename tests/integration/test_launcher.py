@@ -155,7 +155,7 @@ if os.environ.get("RANK") == os.environ["FAULTY_RANK"]:
     def fail(*arguments):
         return {}["no such key"]
 
-    Loop.run = fail
+    Loop.train = fail
 """
 
 

@@ -27,7 +27,7 @@ SEARCH = SearchSettings(beam_size=2, length_penalty=0.0, min_length=2)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small model folder with random weights."""
-    encoder = EncoderSection(name="resnet18", stage="layer1", weights="none", grid=2)
+    encoder = EncoderSection(name="resnet18", last_block="layer1", weights="none", grid=2)
     decoder = SoftAttentionSection(embed_size=8, hidden_size=8, attention_size=8)
     vocabulary = Vocabulary(["a", "red", "dog", "runs"])
     torch.manual_seed(0)

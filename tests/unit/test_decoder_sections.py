@@ -27,7 +27,7 @@ from capdist.recipe.sections import (
     recipe_keys,
 )
 from capdist.training.checkpoints import recipe_differences
-from capdist.training.setup import _other_layers
+from capdist.training.start import _other_layers
 
 
 class ToySection(DecoderSection):

@@ -43,7 +43,7 @@ METRICS = {"split": "validation", "bleu_1": 0.5123, "cider": 0.75, "meteor": Non
 
 def _trained(seed: int = 0, words: list[str] = WORDS, **decoder: Any) -> TrainedModel:
     vocabulary = Vocabulary(words)
-    encoder = EncoderSection(name="resnet18", stage="layer1", weights="none", grid=2, projection=6)
+    encoder = EncoderSection(name="resnet18", last_block="layer1", weights="none", grid=2, projection=6)
     section = SoftAttentionSection(embed_size=8, hidden_size=8, attention_size=8, **decoder)
     torch.manual_seed(seed)
     model = build_model(encoder, section, vocab_size=len(vocabulary), pad_id=vocabulary.pad_id)

@@ -31,7 +31,7 @@ text.min_frequency              -      never      -
 text.max_length                 -      never      -
 encoder.name                    -      never      layers
 encoder.weights                 -      always     -
-encoder.stage                   -      never      layers
+encoder.last_block              -      never      layers
 encoder.grid                    -      never      layers
 encoder.projection              -      never      layers
 encoder.trainable_from          stages never      -
@@ -39,6 +39,7 @@ encoder.batch_norm              stages never      -
 encoder.cache                   stages always     -
 encoder.cache_views             stages never      -
 encoder.precision               stages never      -
+encoder.batch_size              stages always     -
 encoder.compile                 stages always     -
 encoder.gradient_checkpointing  stages always     -
 decoder.name                    -      never      layers
@@ -48,7 +49,7 @@ decoder.attention_size          -      never      layers
 decoder.dropout                 stages never      -
 decoder.gate                    -      never      layers
 decoder.tie_weights             -      never      layers
-training.stage                  stages never      -
+training.objective              stages never      -
 training.start_from             stages always     -
 training.epochs                 stages unfinished -
 training.max_steps              stages unfinished -

@@ -8,7 +8,7 @@ import pytest
 
 from capdist.errors import UsageError
 from capdist.recipe.reading import load_recipe, load_stages, save_recipe
-from capdist.training.setup import check_networks
+from capdist.training.start import check_networks
 
 RECIPE = """
 run:
@@ -25,7 +25,7 @@ stages:
       epochs: 2
       encoder_learning_rate: 1e-5
   reward:
-    training: {stage: scst, learning_rate: 5e-5}
+    training: {objective: scst, learning_rate: 5e-5}
     scst:
       samples: 4
 """
@@ -48,7 +48,7 @@ def test_each_stage_is_the_recipe_with_its_changes(tmp_path: Path) -> None:
     assert [s.training.epochs for s in (words, look, reward)] == [9, 2, 9]
     assert [s.training.learning_rate for s in (words, look, reward)] == [1e-3, 1e-3, 5e-5]
     assert [s.encoder.trainable_from for s in (words, look, reward)] == [None, "layer4", None]
-    assert [s.training.stage for s in (words, look, reward)] == ["cross_entropy", "cross_entropy", "scst"]
+    assert [s.training.objective for s in (words, look, reward)] == ["cross_entropy", "cross_entropy", "scst"]
     assert [s.scst.samples for s in (words, look, reward)] == [5, 5, 4]
 
 

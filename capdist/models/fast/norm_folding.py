@@ -29,7 +29,7 @@ def join_norms(network: nn.Module) -> None:
     """Let each convolution apply the BatchNorm behind it while that norm uses its stored statistics.
 
     Both layers of a pair are replaced in `network` by a `NormedConv2d` and an `AppliedNorm2d`. These keep names,
-    parameters, buffers and gradients. A network without pairs, or joined before, stays as it is.
+    parameters, buffers and gradients. A network without pairs, or joined before, does not change.
 
     Args:
         network: In evaluation mode. Its norms must not be replaced later, as by `SyncBatchNorm`.
@@ -65,7 +65,7 @@ class NormedConv2d(nn.Conv2d):
     """A convolution that also applies the norm behind it, while that norm uses its stored statistics.
 
     It scales its weights at every pass. So there is no second copy that an optimizer step could leave outdated.
-    `_conv_forward` is the method of `nn.Conv2d` for subclasses that compute with other weights.
+    `_conv_forward` is not public; torch keeps it for subclasses that compute with other weights, as its own do.
 
     Args:
         convolution: The one to stand in for; this one takes its parameters.

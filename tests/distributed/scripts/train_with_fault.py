@@ -14,13 +14,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from capdist import train  # noqa: E402
 from capdist.errors import run_program  # noqa: E402
-from capdist.training import loop  # noqa: E402
+from capdist.training import loop, run  # noqa: E402
 from capdist.training.step import TrainStep  # noqa: E402
 
 kind, _, value = os.environ.get("FAULT", "none:0").partition(":")
 take_step = TrainStep.__call__
 load = loop.load_checkpoint
-read = loop.read_state
+read = run.read_state
 
 
 def faulty_step(self, step, window, stop_requested=False, progress=0.0):
@@ -55,7 +55,7 @@ def forgetful_read(checkpoint):
 TrainStep.__call__ = faulty_step
 if kind == "forget":
     loop.load_checkpoint = forgetful_load
-    loop.read_state = forgetful_read
+    run.read_state = forgetful_read
 
 if __name__ == "__main__":
     sys.exit(run_program(train.main))

@@ -29,10 +29,10 @@ def _input(**data: Any) -> Table:
 
 
 @pytest.mark.parametrize("name", ["train-step", "epoch"])
-@pytest.mark.parametrize("training", [{"stage": "scst"}, {"word_presence": 1.0}])
+@pytest.mark.parametrize("training", [{"objective": "scst"}, {"word_presence": 1.0}])
 def test_steps_that_would_not_be_the_recipes_are_not_measured(name: str, training: dict[str, Any]) -> None:
     _check([name], Recipe(), None, True)
-    with pytest.raises(UsageError, match="measure training.stage=cross_entropy"):
+    with pytest.raises(UsageError, match="measure training.objective=cross_entropy"):
         _check([name], Recipe(training=training), None, True)
     _check(["caption"], Recipe(training=training), None, True)
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from capdist.data import features as module
 from capdist.errors import DataError
+from capdist.features import store as module
 from capdist.features.digests import digest_photos
 from capdist.features.store import (
     FeatureStore,

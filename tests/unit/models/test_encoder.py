@@ -99,10 +99,12 @@ def test_resnet50_file_gives_torchvisions_features(tmp_path: Path, suffix: str) 
     torch.testing.assert_close(features, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("stage", "channels"), [("layer1", 64), ("layer3", 256), (None, 512)])
-def test_stage_is_the_last_block(resnet18: nn.Module, resnet18_file: str, stage: str | None, channels: int) -> None:
-    backbone = build_backbone("resnet18", stage, resnet18_file)
-    expected = _cells(_torchvision_map(resnet18, _photos(), stage or "layer4"))
+@pytest.mark.parametrize(("last_block", "channels"), [("layer1", 64), ("layer3", 256), (None, 512)])
+def test_last_block_cuts_a_resnet(
+    resnet18: nn.Module, resnet18_file: str, last_block: str | None, channels: int
+) -> None:
+    backbone = build_backbone("resnet18", last_block, resnet18_file)
+    expected = _cells(_torchvision_map(resnet18, _photos(), last_block or "layer4"))
     assert backbone.channels == channels
     torch.testing.assert_close(_features(Encoder(backbone), _photos()), expected, rtol=1e-9, atol=1e-9)
 
@@ -138,10 +140,14 @@ def test_timm_backbone_gives_timms_features(tmp_path: Path, name: str) -> None:
     assert (backbone.mean, backbone.std) == (reference.pretrained_cfg["mean"], reference.pretrained_cfg["std"])
 
 
-@pytest.mark.parametrize(("name", "stage", "tap"), [("resnet10t", "layer3", 3), ("test_efficientnet", "blocks.4", -1)])
-def test_timm_backbone_ends_with_its_stage_as_timms_taps_do(tmp_path: Path, name: str, stage: str, tap: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "last_block", "tap"), [("resnet10t", "layer3", 3), ("test_efficientnet", "blocks.4", -1)]
+)
+def test_timm_backbone_ends_with_its_last_block_as_timms_taps_do(
+    tmp_path: Path, name: str, last_block: str, tap: int
+) -> None:
     reference: Any = _seeded(lambda: timm.create_model(name, pretrained=False, num_classes=0, global_pool=""))
-    backbone = build_backbone(f"timm/{name}", stage, _save(reference, tmp_path / "weights.safetensors"))
+    backbone = build_backbone(f"timm/{name}", last_block, _save(reference, tmp_path / "weights.safetensors"))
     with torch.no_grad():
         taps = reference.double().forward_intermediates(_photos().double(), intermediates_only=True)
     torch.testing.assert_close(_features(Encoder(backbone), _photos()), _cells(taps[tap]), rtol=1e-9, atol=1e-9)
@@ -279,9 +285,9 @@ def test_timm_blocks_have_names_too(trainable_from: str) -> None:
         (("vgg16",), ("encoder.name", "'vgg16'", "resnet18", "timm/")),
         (("timm/resnet1",), ("encoder.name", "'resnet1'", "did you mean 'resnet")),
         (("timm/resnet18.no_such_tag",), ("encoder.name", "no_such_tag")),
-        (("timm/resnet18", "layr3"), ("encoder.stage", "'layr3'", "did you mean 'layer3'")),
-        (("resnet18", "layr3"), ("encoder.stage", "'layr3'", "did you mean 'layer3'")),
-        (("resnet18", "fc"), ("encoder.stage", "'fc'", "layer4")),
+        (("timm/resnet18", "layr3"), ("encoder.last_block", "'layr3'", "did you mean 'layer3'")),
+        (("resnet18", "layr3"), ("encoder.last_block", "'layr3'", "did you mean 'layer3'")),
+        (("resnet18", "fc"), ("encoder.last_block", "'fc'", "layer4")),
         (("resnet18", None, "IMAGENET1K_V9"), ("encoder.weights", "'IMAGENET1K_V9'", "did you mean 'IMAGENET1K_V1'")),
         (("resnet18", None, "x"), ("encoder.weights", "'x'", "DEFAULT", "none", "IMAGENET1K_V1")),
         (("timm/resnet18", None, "IMAGENET1K_V1"), ("encoder.weights", "'IMAGENET1K_V1'", "DEFAULT")),

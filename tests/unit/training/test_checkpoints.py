@@ -354,8 +354,8 @@ SECTIONS = Recipe().to_dict()
 FREE_SECTIONS = {"checkpoint", "tracking"}
 FREE = {
     "run.name", "run.output_dir", "run.threads", "data.path", "data.num_workers", "encoder.weights", "encoder.cache",
-    "encoder.compile", "encoder.gradient_checkpointing", "training.epochs", "training.max_steps", "training.patience",
-    "training.log_every", "training.start_from",
+    "encoder.batch_size", "encoder.compile", "encoder.gradient_checkpointing", "training.epochs", "training.max_steps",
+    "training.patience", "training.log_every", "training.start_from",
 }  # fmt: skip
 KEYS = [(section, key) for section, values in SECTIONS.items() for key in values]
 

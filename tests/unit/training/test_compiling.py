@@ -54,7 +54,7 @@ def test_it_is_compiled_once_or_never(
     assert encoder.calls == 6
 
 
-def test_what_it_came_to_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_cost_and_gain_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(compiling, "WORTH_IT_S", 0.0)
     with caplog.at_level(logging.INFO, "capdist"):
         _encode(_Encoder(), "auto")
@@ -63,7 +63,7 @@ def test_what_it_came_to_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert "photos/s before" in gain
 
 
-def test_a_compiler_that_is_missing_is_no_mishap(caplog: pytest.LogCaptureFixture) -> None:
+def test_encoding_goes_on_without_a_compiler(caplog: pytest.LogCaptureFixture) -> None:
     encoder = _Encoder("InvalidCxxCompiler: no working compiler")
     with caplog.at_level(logging.INFO, "capdist"):
         _encode(encoder, "on")

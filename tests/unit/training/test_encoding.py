@@ -57,7 +57,7 @@ def arguments(drawn: Path, tmp_path: Path) -> list[str]:
         "encoder.trainable_from=null",
         "encoder.batch_norm=frozen",
         "encoder.precision=no",
-        "evaluation.batch_size=4",
+        "encoder.batch_size=4",
     )
     return [*SMALL, *cached, f"data.path={drawn}", f"run.output_dir={tmp_path / 'runs'}"]
 
@@ -218,7 +218,9 @@ def test_a_stopped_pass_goes_on_where_it_was(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         _signal_at_batch(patch, number, batch=2)
-        with pytest.raises(Stopped, match=rf"signal {int(number)} .*are kept, and the same command goes on") as caught:
+        with pytest.raises(
+            Stopped, match=rf"signal {int(number)}\) .*are kept, and the same command goes on"
+        ) as caught:
             _encode(_recipe(arguments), "train", "validation")
     assert caught.value.exit_code == 128 + number
     (folder,) = _stores(tmp_path)

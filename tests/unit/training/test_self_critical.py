@@ -185,7 +185,7 @@ def _step(model: CaptionModel, kind: type = torch.optim.SGD, lr: float = 1.0, **
     accelerator = Accelerator(cpu=True)
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=lr)
     prepared, wrapped = accelerator.prepare(model.eval(), optimizer)
-    recipe = Recipe(training={"stage": "scst", "clip_norm": None}, scst=section)
+    recipe = Recipe(training={"objective": "scst", "clip_norm": None}, scst=section)
     critic = _critic(model, **section)
     return TrainStep(accelerator, prepared, wrapped, recipe, critic.source, critic)
 

@@ -18,10 +18,11 @@ from capdist.evaluation import report
 from capdist.recipe.reading import load_recipe, load_stages
 from capdist.train import train
 from capdist.training.loop import Loop
+from capdist.training.validation import Validation
 from tests.conftest import draw_photos, reset_accelerate
 from tests.processes import SMALL
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerate")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerate")]
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     return train_run
 
 
-SCST = ("training.stage=scst", "training.max_steps=2")
+SCST = ("training.objective=scst", "training.max_steps=2")
 
 
 def test_a_run_that_trains_its_encoder_averages_and_goes_on(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -92,7 +93,7 @@ def test_a_start_that_is_never_surpassed_stays_the_best(run) -> None:  # type: i
 
 def test_a_finished_stage_is_left_alone(run, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("stages:\n  a:\n  b:\n    training: {stage: scst}\n")
+    recipe.write_text("stages:\n  a:\n  b:\n    training: {objective: scst}\n")
     run("run", "training.max_steps=1", recipe=recipe)
     shutil.rmtree(tmp_path / "run-a" / "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run-a").rglob("*")}
@@ -214,14 +215,14 @@ def test_no_model_is_kept_without_the_checkpoint_of_its_step(  # type: ignore[no
 def test_a_signal_after_the_last_step_ends_the_program(  # type: ignore[no-untyped-def]
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validate = Loop._validate
+    validate = Validation.__call__
 
-    def validate_and_hear(loop: Loop, *rest: Any) -> float:
+    def validate_and_hear(validation: Validation, *rest: Any) -> float:
         signal.raise_signal(signal.SIGTERM)
-        return validate(loop, *rest)
+        return validate(validation, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_validate", validate_and_hear)
+        patch.setattr(Validation, "__call__", validate_and_hear)
         with pytest.raises(Stopped, match="after the last step; all is saved") as stopped:
             run("run", "training.max_steps=1")
     assert stopped.value.exit_code == 128 + signal.SIGTERM

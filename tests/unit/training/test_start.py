@@ -16,11 +16,12 @@ from capdist.models.caption_model import CaptionModel, build_model
 from capdist.recipe.reading import save_recipe
 from capdist.recipe.sections import EncoderSection, Recipe, SearchSettings, SoftAttentionSection
 from capdist.text.vocabulary import Vocabulary
-from capdist.training.setup import build_network, refuse_to_skip, start_from
+from capdist.training.run import refuse_to_skip
+from capdist.training.start import build_network, start_from
 from tests.conftest import reset_accelerate
 
 WORDS = Vocabulary(["dog", "cat"])
-ENCODER = {"name": "resnet18", "weights": "none", "stage": "layer1"}
+ENCODER = {"name": "resnet18", "weights": "none", "last_block": "layer1"}
 DECODER = {"embed_size": 8, "hidden_size": 8, "attention_size": 8}
 
 
@@ -61,7 +62,7 @@ def test_all_weights_arrive(folder: Path, trainable_from: str | None) -> None:
     [
         ({}, {}, ["dog", "cow"], "words"),
         ({}, {"hidden_size": 16}, ["dog", "cat"], "decoder.hidden_size is 8 there, here 16"),
-        ({"stage": "layer2"}, {}, ["dog", "cat"], "encoder.stage is 'layer1' there, here 'layer2'"),
+        ({"last_block": "layer2"}, {}, ["dog", "cat"], "encoder.last_block is 'layer1' there, here 'layer2'"),
         ({"grid": 14}, {}, ["dog", "cat"], "encoder.grid is None there, here 14"),
         ({}, {"gate": True}, ["dog", "cat"], "decoder.gate is False there, here True"),
     ],
