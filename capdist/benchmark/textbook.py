@@ -7,7 +7,7 @@ at a time, in Python lists.
 
 The implementation is correct and honest (free-running search, unique images), and equality tests compare with it.
 
-Shapes: B captions, each with a photo of its own, T words, N cells, C channels, H state width, V vocabulary.
+Shapes: B captions, each with its own photo, T words, N cells, C channels, H state width, V vocabulary.
 """
 
 from __future__ import annotations

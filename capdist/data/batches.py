@@ -118,7 +118,7 @@ class Views:
 
     def row(self, image: int, epoch: int) -> int:
         """Return the row of the view that an epoch, counted from 0, shows of an image."""
-        first = seed_of(self.seed, "first view", image)  # so that no epoch is made of the first view of every image
+        first = seed_of(self.seed, "first view", image)  # so that no epoch shows the first view of every image
         return image * self.count + (first + epoch) % self.count
 
     def seed_of_view(self, image: int, view: int) -> int:

@@ -287,7 +287,7 @@ def _grow(
 ) -> tuple[Hypotheses, Tensor, Tensor, Tensor]:
     """Continue the beams of each image by the K best continuations that do not end.
 
-    An image that has none is stuck (or decided before): its beams stay as they are.
+    An image that has none is stuck, or was decided before; its beams are not changed.
 
     Returns:
         The beams, the parent of each (B, K), its last word (B, K), and which images are stuck (B, 1).

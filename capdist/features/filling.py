@@ -87,7 +87,7 @@ def encode_splits(
 
     Raises:
         DataError: if a photo cannot be read; what was encoded before is kept.
-        Stopped: after a signal; likewise.
+        Stopped: after a signal; what was encoded before is kept.
         OSError: if the disk has too little space.
     """
     with StopSignals() as signals:

@@ -36,7 +36,7 @@ class Captioner:
 
     Raises:
         UsageError: if there is no model.
-        CheckpointError: if several have not all the same vocabulary and preprocessing.
+        CheckpointError: if several differ in vocabulary or preprocessing.
 
     Example:
         >>> Captioner.from_pretrained("runs/scenes/model").caption("photo.jpg")  # doctest: +SKIP

@@ -213,7 +213,7 @@ class CaptionReward:
 
 
 def _continue(words: Integers, lengths: Integers) -> Iterator[tuple[Integers, Integers]]:
-    """For n of 1 to 4 give where n-grams begin in captions that lie one behind the other, and their last tokens."""
+    """For n from 1 to 4 yield where n-grams begin in captions that follow each other, and their last tokens."""
     left = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(words))
     for n in range(1, _LONGEST + 1):
         starts = np.flatnonzero(left >= n)
@@ -229,6 +229,6 @@ def _find(wanted: Integers, ascending: Integers) -> Integers:
 
 
 def _spread(first: Integers, counts: Integers) -> tuple[Integers, Integers]:
-    """List the numbers `first[i]` to `first[i] + counts[i] - 1` of every i in turn: the i's, and the numbers."""
+    """List the numbers `first[i]` to `first[i] + counts[i] - 1` for each i in order; return the i's and the numbers."""
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) + (first - np.cumsum(counts) + counts)[owner]

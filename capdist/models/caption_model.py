@@ -68,8 +68,8 @@ class CaptionModel(nn.Module):
     def add_word_head(self, dropout: float) -> None:
         """Add a layer that predicts, from the mean of the features, which words the captions of an image have.
 
-        This auxiliary task makes features hold what captions mention. It learns the attributes of Wu et al. (2016),
-        What Value Do Explicit High Level Concepts Have in Vision to Language Problems?, jointly instead of beforehand.
+        This auxiliary task makes features hold what captions mention. It is learned jointly, while Wu et al. learn such
+        attributes beforehand (What Value Do Explicit High Level Concepts Have in Vision to Language Problems?, 2016).
 
         Args:
             dropout: Share of the mean feature that is dropped in training.

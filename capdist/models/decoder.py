@@ -39,8 +39,8 @@ class Decoder(nn.Module, ABC, Generic[State]):
     Training calls `read` with whole captions. Search calls `init_state`, then `step` for each word, and between words
     `reorder` and `select`; it never looks into a state. Both must give the same logits for the same words.
 
-    A subclass takes its section of the recipe, and as keywords the sizes that the section does not have: C, V and the
-    id of `<pad>`. Its signature is `(section, *, feature_size: int, vocab_size: int, pad_id: int)`.
+    A subclass is built with its section of the recipe, and with keywords for C, V and the id of `<pad>`:
+    `(section, *, feature_size: int, vocab_size: int, pad_id: int)`.
 
     Attributes:
         head: Turns the decoder's last layer into logits (V,).

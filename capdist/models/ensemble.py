@@ -69,8 +69,8 @@ class Ensemble(nn.Module):
             state: State that the last call returned, with R rows an image.
 
         Returns:
-            Log of the mean probability of the next word (B, R, V), float32, which a log-softmax does not change; the
-            mean attention (B, R, N); and the new state.
+            Log of the mean probability of the next word (B, R, V), float32; the mean attention (B, R, N); and the new
+            state. A log-softmax does not change the first.
         """
         steps = [member.step(tokens, own) for member, own in zip(self.members, state, strict=True)]
         logits, attention, states = zip(*steps, strict=True)
