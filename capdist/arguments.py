@@ -50,7 +50,7 @@ Overrides = Annotated[
     typer.Argument(metavar="section.key=value", help="change keys of the recipe", autocompletion=complete_override),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks of expected errors")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="say only warnings and errors, and show no progress")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="print only warnings and errors")]
 
 
 def run_command(app: typer.Typer, arguments: Sequence[str], name: str) -> Any:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from capdist.arguments import HELP_OPTIONS, Config, Debug, Overrides, Quiet, complete_recipe, run_command
-from capdist.console import set_up_logging
+from capdist.console import set_up_output
 from capdist.errors import DataError, Mistake, UsageError, run_program
 from capdist.recipe.sections import SearchSettings
 from capdist.train_options import TrainCommand, TrainOptions, train_command
@@ -145,7 +145,7 @@ def evaluate(
     """Caption a split, free-running, and score it. Also under `accelerate launch -m capdist.cli evaluate …`."""
     from capdist.commands.evaluate import evaluate_folder, evaluation_data
 
-    set_up_logging(quiet=quiet)
+    set_up_output(quiet=quiet)
     evaluate_folder(
         [model, *(others or ())],
         evaluation_data(source, path, limit=limit, num_workers=num_workers, overrides=overrides or ()),
@@ -228,7 +228,7 @@ def check(
     from capdist.recipe.reading import load_stages
     from capdist.training.start import check_networks
 
-    set_up_logging(quiet=quiet)
+    set_up_output(quiet=quiet)
     stages = load_stages(config, overrides or ())
     check_networks(stages)
     check_recipe(stages[0])
@@ -248,7 +248,7 @@ def features(
     spin_briefly()
     from capdist.commands.features import fill_cache
 
-    set_up_logging(quiet=quiet)
+    set_up_output(quiet=quiet)
     fill_cache(load_recipe(config, overrides or ()))
 
 

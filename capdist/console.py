@@ -1,13 +1,19 @@
-"""How a program talks: to a person at a terminal, into a file that is read later, or hardly at all."""
+"""How a program talks: to a person at a terminal, into a file that is read later, or only of what is wrong."""
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+from typing import TYPE_CHECKING
 
-_logger = logging.getLogger("capdist")
-_level = logging.INFO
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_LOGGER = "capdist"
+# Variables with which libraries draw no bars; they must be set before the libraries are loaded.
+_NO_BARS = {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def on_terminal() -> bool:
@@ -16,23 +22,46 @@ def on_terminal() -> bool:
 
 
 def is_quiet() -> bool:
-    """Return whether only warnings and errors are wanted."""
-    return _level > logging.INFO
+    """Return whether this process says only what is wrong: the user wants it so, or another process speaks."""
+    return logging.getLogger(_LOGGER).level > logging.INFO
 
 
-def set_up_logging(*, quiet: bool = False) -> None:
+def shows_bars() -> bool:
+    """Return whether this process draws bars for work that takes long."""
+    return on_terminal() and not is_quiet()
+
+
+def set_up_output(*, quiet: bool = False) -> None:
     """Send log lines of capdist, and warnings of libraries, to standard error; off a terminal with date and time.
 
+    Call it before libraries are loaded, so that these draw no bars where there should be none. `build_accelerator`
+    silences all processes but the main one.
+
     Args:
-        quiet: Whether to leave out progress and everything else that is no warning or error.
+        quiet: Whether to say only what is wrong: warnings and errors, no progress and no results.
     """
-    global _level
-    _level = logging.WARNING if quiet else logging.INFO
     stamp = "" if on_terminal() else "%(asctime)s "
     logging.basicConfig(format=f"{stamp}%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    _logger.setLevel(_level)
+    logging.getLogger(_LOGGER).setLevel(logging.WARNING if quiet else logging.INFO)
+    if not shows_bars():
+        for name, value in _NO_BARS.items():
+            os.environ.setdefault(name, value)
+    if quiet:
+        os.environ.setdefault("WANDB_SILENT", "true")
 
 
-def speak(is_main: bool) -> None:
-    """Let the main process say what it has to say, and the others only what is an error."""
-    _logger.setLevel(_level if is_main else logging.ERROR)
+def name_signal(number: int) -> str:
+    """Return a signal as messages name it, such as `Ctrl-C (signal 2)`."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return f"{name} (signal {int(number)})"
+
+
+def results(*, always: bool = False) -> Console:
+    """Return where results are printed: standard output, or nowhere in a quiet process.
+
+    Args:
+        always: Whether a quiet process prints too, as it does what is wrong.
+    """
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False, quiet=is_quiet() and not always)

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -157,12 +156,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     closest = nearest_name(name, known)
     return f"; known: {', '.join(known)}" if closest is None else f"; did you mean '{closest}'?"
-
-
-def name_signal(number: int) -> str:
-    """Return what people call a signal, and its number: `Ctrl-C (signal 2)`, `SIGTERM (signal 15)`."""
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-    return f"{name} (signal {number})"
 
 
 def run_program(program: Callable[[], object], *, debug: bool = False) -> int:

@@ -13,7 +13,7 @@ from typing import TypeVar
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from capdist.console import is_quiet, on_terminal
+from capdist.console import on_terminal, shows_bars
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Progress:
         is_main: bool = True,
     ) -> None:
         self.work, self.total, self.unit, self.initial = work, total, unit, initial
-        self.is_training, self.is_brief, self.is_main = is_training, is_brief, is_main and not is_quiet()
+        self.is_training, self.is_brief, self.is_main = is_training, is_brief, is_main
         self.done = initial
         self._bar: tqdm | None = None
         self._exits = ExitStack()
@@ -62,7 +62,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._started_s = self._said_s = time.perf_counter()
-        if self.is_main and on_terminal():
+        if self.is_main and shows_bars():
             self._exits.enter_context(logging_redirect_tqdm())
             self._bar = self._exits.enter_context(self._new_bar())
         return self

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if __package__ in (None, ""):  # started as a file: this folder must not be where imports are looked up first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from capdist.console import set_up_logging
+from capdist.console import set_up_output
 from capdist.distributed.process import spin_briefly
 from capdist.errors import run_program
 from capdist.recipe.reading import load_stages, save_recipe
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         CapdistError: the class says what kind of thing went wrong.
     """
     options = parse_arguments(sys.argv[1:] if argv is None else argv)
-    set_up_logging(quiet=options.quiet)
+    set_up_output(quiet=options.quiet)
     return train(load_stages(options.config, options.overrides), resume=options.resume)
 
 

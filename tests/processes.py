@@ -84,14 +84,25 @@ class OnTerminal:
     output: str
 
 
-def run_on_terminal(command: list[str], *, columns: int = 80, timeout_s: float = 240, **environment: str) -> OnTerminal:
-    """Run a command of this Python whose input, output and errors are a terminal."""
+def run_on_terminal(
+    command: list[str], *, columns: int = 80, timeout_s: float = 240, interrupt_at: str = "", **environment: str
+) -> OnTerminal:
+    """Run a command of this Python whose input, output and errors are a terminal.
+
+    Args:
+        command: Arguments of Python.
+        columns: Of the terminal.
+        timeout_s: After which the command is killed.
+        interrupt_at: Text at which Ctrl-C is typed, once; none = never.
+        environment: More variables.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
     process = subprocess.Popen(
         [sys.executable, *command],
         stdin=theirs, stdout=theirs, stderr=theirs, cwd=REPOSITORY, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # whose Ctrl-C the command gets
         env=inherited | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color"} | environment,
     )  # fmt: skip
     os.close(theirs)
@@ -101,6 +112,9 @@ def run_on_terminal(command: list[str], *, columns: int = 80, timeout_s: float =
     with suppress(OSError):  # Linux says so when the last process has closed the terminal
         while chunk := os.read(ours, 65536):
             output += chunk
+            if interrupt_at and interrupt_at.encode() in output:
+                os.write(ours, b"\x03")
+                interrupt_at = ""
     os.close(ours)
     returncode = process.wait()
     killer.cancel()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from capdist.console import results
 from capdist.data.checks import Report, check_data
 from capdist.data.images import open_photo
 from capdist.data.splits import read_source
@@ -27,8 +28,6 @@ def check_recipe(recipe: Recipe) -> Report:
     Raises:
         DataError: with one line for each problem.
     """
-    from rich.console import Console
-
     loaded = read_source(recipe.data)
     with Progress("check", sum(map(len, loaded.splits.values())), "photo") as bar:
 
@@ -36,13 +35,12 @@ def check_recipe(recipe: Recipe) -> Report:
             bar.update(done - bar.done)
 
         report = check_data(loaded, decode=_decode, progress=advance)
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(_table(report))
+    results().print(_table(report))
     for warning in report.warnings:
-        console.print(f"warning: {warning}", soft_wrap=True)
+        results(always=True).print(f"warning: {warning}", soft_wrap=True)
     if not report.is_clean:
         raise DataError(*report.problems)
-    console.print("every caption and every photo of these splits can be read")
+    results().print("every caption and every photo of these splits can be read")
     return report
 
 

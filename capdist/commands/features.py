@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
+from capdist.console import results
 from capdist.data.images import Preprocessing
 from capdist.data.splits import prepare
 from capdist.distributed.launch import build_accelerator
@@ -32,7 +31,7 @@ def fill_cache(recipe: Recipe) -> list[Encoded]:
     preprocessing = Preprocessing(recipe.data.image_size, model.encoder.mean, model.encoder.std)
     encoded = encode_splits(accelerator, model, preprocessing, data.splits, recipe)
     if accelerator.is_main_process:
-        console = Console(highlight=False, markup=False, emoji=False)
+        console = results()
         for one in encoded:
             console.print(describe(one), soft_wrap=True)
     accelerator.end_training()

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped, UsageError, name_signal
+from capdist.console import name_signal, set_up_output
+from capdist.errors import EXIT_FOLDER_VARIABLE, CapdistError, ProcessError, Stopped, UsageError
 
 PLACE_FILE = "accelerate_config.yaml"
 # The options of `accelerate launch`, by name, because its parser imports torch, which takes seconds. Not `--module` and
@@ -62,6 +63,7 @@ def launch_training(arguments: Sequence[str]) -> int:
 
     place, what = split_arguments(arguments)
     options = parse_arguments(what)
+    set_up_output(quiet=options.quiet)
     load_recipe(options.config, options.overrides)
     script = Path(__file__).resolve().parents[1] / "train.py"
     place, environment = _default_place(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,6 @@ from accelerate.utils import (
     gather_object,
 )
 
-from capdist.console import speak
 from capdist.distributed.process import keep_freed_memory
 from capdist.errors import UsageError
 from capdist.files import try_lock
@@ -72,7 +72,7 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
     if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         atexit.register(_leave_group)
     # Messages to the user are printed once.
-    speak(accelerator.is_main_process)
+    _let_one_speak(accelerator)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads or max(1, available_processors() // local_processes))
     # Attention weights and Adam's second moments decay into denormals, on which processors are ten times slower.
@@ -80,6 +80,15 @@ def build_accelerator(recipe: Recipe | None = None) -> Accelerator:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     return accelerator
+
+
+def _let_one_speak(accelerator: Accelerator) -> None:
+    """Silence all processes but the main one, which a program may have made quiet before."""
+    logger = logging.getLogger("capdist")
+    if not accelerator.is_main_process:
+        logger.setLevel(logging.ERROR)
+    elif logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
 
 
 def _leave_group() -> None:

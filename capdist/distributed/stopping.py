@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from capdist.console import name_signal
 from capdist.distributed.launch import on_main
-from capdist.errors import Stopped, name_signal
+from capdist.errors import Stopped
 
 
 class StopSignals:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from capdist.console import results
 from capdist.data.images import open_photo
 from capdist.data.splits import PreparedData, Split
 from capdist.distributed.launch import on_main
@@ -64,7 +65,6 @@ def constant_baseline(data: PreparedData, split: Split) -> tuple[str, dict[str, 
 
 def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Mapping[str, Any]] | None = None) -> None:
     """Print a table of free-running scores, beside those of a constant caption if there is one."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table()
@@ -76,7 +76,7 @@ def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Ma
             if constant:
                 row.append(f"{constant[1][key]:.4f}" if key in constant[1] else "-")
             table.add_row(*row)
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = results()
     console.print(title)  # the table would break its own title at its width
     console.print(table)
     if constant:
@@ -87,11 +87,9 @@ def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Ma
 
 def show_samples(split: Split, evaluation: Evaluation, path: Path, title: str) -> None:
     """Print captions of a few images, evenly spread over the split, and save them as a picture."""
-    from rich.console import Console
-
     rows = split.scored_rows
     rows = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES]
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = results()
     for row in rows:
         image_id = split.image_ids[row]
         console.print(f"{image_id}: {evaluation.captions[image_id]}")

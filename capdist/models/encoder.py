@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from capdist.console import shows_bars
 from capdist.errors import CheckpointError, StorageError, UsageError, nearest, nearest_name, reason_of
 from capdist.models.fast.norm_folding import join_norms
 from capdist.models.fast.recomputation import check_recomputable, run_recomputing
@@ -225,7 +226,7 @@ def _torchvision_weights(name: str, weights: str) -> dict[str, Tensor]:
         raise UsageError(
             f"encoder.weights: {weights!r} is neither a file nor known for {name}{nearest(weights, choices)}"
         )
-    state: dict[str, Tensor] = known[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
+    state: dict[str, Tensor] = known[weights].get_state_dict(progress=shows_bars(), check_hash=True, weights_only=True)
     return state
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.processes import SMALL, TRAIN, check_finished, launch, run, run_on_terminal
@@ -61,6 +64,19 @@ def test_a_terminal_gets_a_bar_of_its_width(photos: Path, tmp_path: Path) -> Non
     assert " left" not in shown.output
 
 
+def test_ctrl_c_gives_the_prompt_back_once_the_checkpoint_is_saved(photos: Path, tmp_path: Path) -> None:
+    endless = ["training.epochs=100000", "evaluation.every_epochs=1000", "checkpoint.every_steps=1000000"]
+    command = ["-m", "capdist", "train", "--cpu", *_arguments(photos, tmp_path, *endless)]
+    shown = run_on_terminal(command, interrupt_at="small epoch 1/", PATH=str(tmp_path))
+    assert shown.returncode == 130, shown.output
+    last = shown.output.splitlines()[-1]
+    stopped = r"capdist: error: stopped by Ctrl-C \(signal 2\) after step (\d+); checkpoint saved, --resume continues"
+    found = re.fullmatch(stopped, CONTROL.sub("", last))
+    assert found, shown.output
+    assert (tmp_path / "small" / "checkpoints" / f"step_{int(found[1]):08d}" / "manifest.json").exists()
+    assert "Traceback" not in shown.output
+
+
 def test_reading_and_encoding_say_their_ends_in_a_file(photos: Path, tmp_path: Path) -> None:
     check = run(["-m", "capdist", "check", "--config", "scenes", *SMALL, f"data.path={photos}"])
     check_finished(check)
@@ -72,3 +88,59 @@ def test_reading_and_encoding_say_their_ends_in_a_file(photos: Path, tmp_path: P
     for split, count in (("train", 30), ("validation", 10), ("test", 10)):
         assert said.count(f"encode {split}: {count} of {count} photos") == 1
     assert "\x1b" not in features.stdout + check.stdout
+
+
+def test_quiet_training_says_only_what_is_wrong(photos: Path, tmp_path: Path) -> None:
+    quiet = ["--quiet", "tracking.with=[wandb]", "evaluation.consensus=4"]
+    command = ["-m", "capdist", "train", "--cpu", *_arguments(photos, tmp_path), *quiet]
+    result = run(command, PATH=str(tmp_path), WANDB_MODE="offline")
+    check_finished(result)
+    assert result.stdout == ""
+    (warning,) = _stamped(result.stderr)
+    assert warning.startswith("recipe: evaluation.consensus does nothing with fewer than 3 beams")
+    assert (tmp_path / "small" / "samples.png").exists()
+    again = run(command, PATH=str(tmp_path))
+    assert again.returncode == 2
+    (mistake,) = again.stderr.splitlines()
+    assert mistake.startswith(f"capdist: error: {tmp_path}/small: already holds a run")
+    assert again.stdout == ""
+
+    output, model = tmp_path / "scores.json", str(tmp_path / "small" / "model")
+    score = ["-m", "capdist", "evaluate", model, "--source", "folder", "--path", str(photos), "--output", str(output)]
+    for quiet in ([], ["-q"]):
+        result = run([*score, *quiet], PATH=str(tmp_path))
+        check_finished(result)
+        assert bool(result.stdout) == bool(result.stderr) == (not quiet)
+        assert json.loads(output.read_text())["settings"]["num_images"] == 10
+        output.unlink()
+
+
+@pytest.mark.parametrize("command", ["check", "features"])
+def test_other_commands_may_be_quiet_too(photos: Path, tmp_path: Path, command: str) -> None:
+    frozen = ["encoder.trainable_from=null", "encoder.batch_norm=frozen"]
+    arguments = ["-m", "capdist", command, *_arguments(photos, tmp_path, *frozen), "-q"]
+    in_file = run(arguments)
+    assert (in_file.returncode, in_file.stdout, in_file.stderr) == (0, "", "")
+    on_terminal = run_on_terminal(arguments)
+    assert (on_terminal.returncode, on_terminal.output) == (0, "")
+
+
+def test_quiet_check_still_warns(photos: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "photos"
+    shutil.copytree(photos, twice)
+    shutil.copy(twice / "train_0000.png", twice / "train_0001.png")
+    result = run(["-m", "capdist", "check", "--config", "scenes", *SMALL, f"data.path={twice}", "--quiet"])
+    check_finished(result)
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("warning: 2 photos are the same, byte for byte")
+    assert result.stderr == ""
+
+
+def test_libraries_draw_no_bars_in_a_file(tmp_path: Path) -> None:
+    table = pa.table({"image": [{"bytes": b"", "path": None}] * 3, "caption": ["a dog"] * 3})
+    (tmp_path / "data").mkdir()
+    pq.write_table(table, tmp_path / "data" / "train.parquet")
+    command = ["-m", "capdist", "check", "--config", "scenes", "data.source=hub", f"data.path={tmp_path}"]
+    result = run(command, HF_HOME=str(tmp_path / "cache"))
+    assert "\r" not in result.stderr
+    assert "Generating" not in result.stderr, "a bar of datasets"
