@@ -19,9 +19,10 @@ from pydantic_core import ErrorDetails
 
 from capdist.errors import Mistake, UsageError, nearest_name, show_value
 from capdist.files import write_atomically
-from capdist.recipe.names import find_recipe
+from capdist.recipe.names import find_recipe, say_once
 from capdist.recipe.old_names import RENAMED_KEYS, tell_renamed, with_new_names
 from capdist.recipe.sections import (
+    DECODER_SECTIONS,
     Recipe,
     keys_of,
     recipe_keys,
@@ -257,6 +258,24 @@ def _apply_override(
         section[parts[1]] = _read_value(text, for_text=_takes_text(parts[0], parts[1]))
         places[parts] = place
         places.setdefault(parts[:1], place)
+        if parts == ("decoder", "name"):
+            _drop_other_decoders_keys(section, places)
+
+
+def _drop_other_decoders_keys(decoder: dict[str, Any], places: Places) -> None:
+    """Drop the keys that a file sets for another decoder than the one that the command line chooses, with a line."""
+    chosen = DECODER_SECTIONS.get(str(decoder["name"]))
+    if chosen is None:
+        return  # told elsewhere
+    others = {key for section in DECODER_SECTIONS.values() for key in section.model_fields} - chosen.model_fields.keys()
+    foreign = [
+        key for key in decoder if key in others and not places.get(("decoder", key), "").startswith(COMMAND_LINE)
+    ]
+    for key in foreign:
+        del decoder[key]
+    if foreign:
+        dropped = ", ".join(f"decoder.{key}" for key in foreign)
+        say_once(f"decoder.name={decoder['name']} has no {dropped}; the values of the recipe are left out")
 
 
 def _read_value(text: str, *, for_text: bool) -> Any:

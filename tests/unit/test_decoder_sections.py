@@ -24,6 +24,7 @@ from capdist.recipe.sections import (
     Recipe,
     Section,
     SoftAttentionSection,
+    TransformerSection,
     recipe_keys,
 )
 from capdist.training.checkpoints import recipe_differences
@@ -193,3 +194,17 @@ class _Folder(Section):
 def test_a_model_folder_reads_the_keys_of_its_decoder() -> None:
     assert _Folder.model_validate_json('{"decoder": {"name": "toy", "warmth": 1}}').decoder == ToySection(warmth=1.0)
     assert _Folder.model_validate_json('{"decoder": {"gate": true}}').decoder == SoftAttentionSection(gate=True)
+
+
+def test_another_decoder_on_the_command_line_leaves_out_the_keys_of_the_files(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that every shipped recipe takes `decoder.name`; keys on the command line are still refused."""
+    text = "decoder: {embed_size: 8, hidden_size: 16, dropout: 0.25}"
+    section = _load(path, text, "decoder.name=transformer", "decoder.num_heads=4").decoder
+    assert section.model_dump() == TransformerSection(hidden_size=16, dropout=0.25, num_heads=4).model_dump()
+    assert "decoder.name=transformer has no decoder.embed_size; the values of the recipe are left out" in caplog.text
+    with pytest.raises(UsageError, match="decoder.gate: is a key of decoder.name=soft_attention"):
+        _load(path, text, "decoder.name=transformer", "decoder.gate=true")
+    with pytest.raises(UsageError, match="decoder.gate: is a key of decoder.name=soft_attention"):
+        _load(path, text, "decoder.gate=true", "decoder.name=transformer")
