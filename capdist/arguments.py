@@ -57,9 +57,9 @@ def run_command(app: typer.Typer, arguments: Sequence[str], name: str) -> Any:
     """Run what a command line asks for.
 
     Args:
-        app: The commands.
-        arguments: Of the command line, without the name of the program.
-        name: Of the program.
+        app: Holds the commands.
+        arguments: The command line, without the name of the program; it is parsed here.
+        name: What help and errors call the program.
 
     Returns:
         What the command returns, or the exit code with which it ended early: 0 after `--help`.

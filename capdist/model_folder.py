@@ -47,10 +47,10 @@ class TrainedModel:
 
     Attributes:
         model: The network, on the CPU in evaluation mode when it comes from a folder.
-        vocabulary: Its words.
+        vocabulary: Turns ids into words.
         preprocessing: What its photos go through.
-        encoder: Section of the recipe.
-        decoder: Section of the recipe.
+        encoder: The section of the recipe that made the encoder.
+        decoder: The section of the recipe that made the decoder.
         max_length: Most words it was trained to write.
         search: How it captions unless told otherwise.
         metrics: What it scored, with `split`, and `chosen_on`, the split that it is the best epoch on; empty if nobody
@@ -138,7 +138,7 @@ def load_pretrained(folder_or_hub_id: str | Path) -> TrainedModel:
     """Read and verify a model folder. Nothing in it is executed.
 
     Args:
-        folder_or_hub_id: A folder, or the id of a model on the Hugging Face Hub.
+        folder_or_hub_id: Names a folder, or a model of the Hugging Face Hub.
 
     Raises:
         CheckpointError: naming the file that is missing, damaged or foreign.

@@ -34,7 +34,7 @@ class Progress:
 
     Args:
         work: What is done, such as `encode train`; for training the name of the run.
-        total: Units of the whole work.
+        total: How many units the whole work has.
         unit: What is counted, in the singular.
         initial: Units that earlier starts have done. Speed and time left are those of this start.
         is_training: Whether `report` says all that is to be said.
@@ -95,7 +95,7 @@ class Progress:
         Args:
             values: `epoch` (1.5 is the middle of the second), `loss`, `lr`, `captions_per_second` and `data_wait`, the
                 share of the time spent waiting for data.
-            epochs: Of the whole run.
+            epochs: How many epochs the run has.
         """
         epoch = min(math.ceil(values["epoch"]), epochs)
         loss, speed = f"loss {values['loss']:.3f}", f"{values['captions_per_second']:,.0f} captions/s"

@@ -29,10 +29,10 @@ class TrainResult:
     """What a run came to.
 
     Attributes:
-        folder: Of the run.
+        folder: Holds the run.
         steps: Optimizer steps taken, over all its starts.
         split: Split of the final scores: `test`, or the reported half of `validation`, or `validation`.
-        metrics: Final scores of the best model.
+        metrics: Scores of the best model on `split`, by name.
     """
 
     folder: Path
@@ -79,8 +79,8 @@ def train_stage(accelerator: Accelerator, recipe: Recipe, *, resume: bool = Fals
     """Run one stage.
 
     Args:
-        accelerator: The processes of this launch.
-        recipe: Of the stage.
+        accelerator: Gives device and precision, and joins the processes.
+        recipe: Says what this stage trains.
         resume: Continue the run in the recipe's folder.
 
     Raises:

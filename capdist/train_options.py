@@ -20,7 +20,7 @@ class TrainOptions:
     """What a command line asks of training.
 
     Attributes:
-        config: Name or path of the recipe.
+        config: Names a recipe, or is its path.
         overrides: `section.key=value`.
         resume: Whether to continue the run that is there.
         debug: Whether expected errors show a traceback.

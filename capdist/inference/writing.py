@@ -45,7 +45,7 @@ def write_captions(
     Args:
         model: A `CaptionModel` or an `Ensemble`, in evaluation mode.
         features: (B, N, C) that the model's `encode` made.
-        vocabulary: The model's words.
+        vocabulary: Turns ids into words.
         options: How captions are searched.
         return_attention: Whether to also return what each word looked at.
 

@@ -31,7 +31,7 @@ class Backbone:
 
     Attributes:
         network: (B, 3, H, W) to (B, C, h, w).
-        channels: C.
+        channels: C, which counts the numbers that describe a cell.
         mean: Of each colour in 0…1, subtracted before the network.
         std: Of each colour in 0…1, divided by before the network.
     """
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
     layer: a network of your own keeps all its modules. `build_backbone` says what capdist does to its own networks.
 
     Args:
-        backbone: The network.
+        backbone: Makes the feature map.
         grid: Cells a side of the feature grid, to which a map of another size is average-pooled. None keeps the map.
             A grid that is a multiple of the map only repeats its cells; each cell is then given once, see `repeats`.
         trainable_from: First block that trains, `all`, or None for a frozen encoder.

@@ -11,7 +11,7 @@ def advise(recipe: Recipe, *, has_validation: bool) -> Iterator[str]:
     """Yield a line for each setting that has no effect, or an effect that few want.
 
     Args:
-        recipe: The recipe of a run.
+        recipe: Is looked at key by key.
         has_validation: Whether the data have a split on which the best model is chosen.
     """
     encoder, training = recipe.encoder, recipe.training

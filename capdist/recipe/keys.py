@@ -26,8 +26,8 @@ class KeyText:
 
     Attributes:
         name: `section.key`.
-        type: Its choices, or its type and bounds.
-        default: As a recipe file spells it.
+        type: Lists its choices, or names its type and bounds.
+        default: Is spelt as in a recipe file.
         meaning: What it does.
     """
 
@@ -48,8 +48,8 @@ def keys_of(name: str, section: type[Section]) -> Iterator[KeyText]:
     """Yield the keys of a section.
 
     Args:
-        name: Of the section, such as `data`.
-        section: Its class.
+        name: Names the section, such as `data`.
+        section: The class that declares the keys; it may be one of several for a name.
     """
     for key, schema in section.model_json_schema()["properties"].items():
         meaning = " ".join(schema["description"].split())
@@ -60,7 +60,7 @@ def print_keys(name: str | None = None) -> None:
     """Print the keys of all sections, or of one, in plain text, on a terminal with colour.
 
     Args:
-        name: Of the section; None = all.
+        name: Names a section; None prints all.
 
     Raises:
         UsageError: if there is no such section.

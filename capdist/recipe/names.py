@@ -31,7 +31,7 @@ def find_recipe(recipe: str | Path) -> Path:
     recipe, with a line that says so.
 
     Args:
-        recipe: Name of a shipped recipe, or path of a YAML file.
+        recipe: Names a shipped recipe, or is the path of a YAML file.
 
     Raises:
         UsageError: if there is neither; the line lists the shipped recipes.

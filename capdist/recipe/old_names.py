@@ -44,7 +44,7 @@ def with_new_names(
     """Give the keys of a recipe, of its stages and of overrides the names that they have today.
 
     Args:
-        values: Of the whole recipe, `stages` too.
+        values: The whole recipe by section and key, with its `stages`; it is not changed.
         places: Where its keys are; renamed ones are added.
         overrides: `section.key=value` or `stages.<name>.section.key=value`.
         origin: Place of keys that `places` lacks.

@@ -84,7 +84,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, is_saved: bo
     """Read a recipe file, apply overrides, check everything.
 
     Args:
-        path: YAML file, or name of a shipped recipe.
+        path: Names a YAML file or a shipped recipe.
         overrides: `section.key=value`, values written as in YAML, text as it stands.
         is_saved: The file is the `config.yaml` of a run; nobody is told which of its names are old.
 
@@ -105,10 +105,10 @@ def load_stages(path: str | Path, overrides: Sequence[str] = (), *, is_saved: bo
     starts from the best model of the one before it.
 
     Args:
-        path: YAML file, or name of a shipped recipe.
+        path: Names a YAML file or a shipped recipe.
         overrides: `section.key=value`, values written as in YAML but text as it stands, which hold in all stages; or
             `stages.<name>.section.key=value`.
-        is_saved: As in `load_recipe`.
+        is_saved: See `load_recipe`.
 
     Returns:
         A recipe for each stage; one if the file names none.
@@ -165,7 +165,7 @@ def recipe_from_dict(values: Mapping[str, Any], origin: str, overrides: Sequence
     """Check values that are not from a recipe file.
 
     Args:
-        values: By section and key.
+        values: Give each key a value, by section.
         origin: Where they come from, for messages.
         overrides: `section.key=value`, values written as in YAML, text as it stands.
 

@@ -338,6 +338,21 @@ class ScstSection(Section):
     cross_entropy_weight: Annotated[Weight, PER_STAGE] = 0.0
     """Weight of the cross-entropy of human captions, which is added to the loss."""
 
+    def mistakes(self, recipe: Recipe) -> Iterator[Mistake]:
+        """Yield what these keys get wrong together, and with the rest of their recipe."""
+        if self.samples == 1 and self.baseline == "others":
+            yield Mistake(
+                "scst.samples",
+                "one sample has no others to be compared with",
+                "take 2 or more, or scst.baseline=greedy",
+            )
+        if self.cider_weight == self.bleu_weight == 0:
+            yield Mistake("scst.cider_weight", "nothing is rewarded", "set it or scst.bleu_weight")
+        encoder = recipe.encoder
+        is_used = recipe.training.objective == "scst"
+        if is_used and encoder.batch_norm == "train" and encoder.trainable_from is not None:
+            yield Mistake("encoder.batch_norm", "scst learns with the statistics that it samples with", "set frozen")
+
 
 _BEAMS_NEEDED = {"length_penalty": 2, "consensus": 3}
 """Fewer beams than this leave a setting nothing to rank."""
@@ -483,18 +498,8 @@ def _cross_section_mistakes(recipe: Recipe) -> Iterator[Mistake]:
             f"{recipe.evaluation.min_length} is more than text.max_length = {recipe.text.max_length}",
             "no caption could be both",
         )
-    scst = recipe.scst
-    if scst.samples == 1 and scst.baseline == "others":
-        yield Mistake(
-            "scst.samples",
-            "one sample has no others to be compared with",
-            "take 2 or more, or scst.baseline=greedy",
-        )
-    if recipe.training.objective == "scst" and encoder.batch_norm == "train" and encoder.trainable_from is not None:
-        yield Mistake("encoder.batch_norm", "scst learns with the statistics that it samples with", "set frozen")
+    yield from recipe.scst.mistakes(recipe)
     yield from start_in_own_folder(recipe)
-    if scst.cider_weight == scst.bleu_weight == 0:
-        yield Mistake("scst.cider_weight", "nothing is rewarded", "set it or scst.bleu_weight")
     if data.source != "scenes" and data.path is None:
         needed = f"data.source={data.source} needs a folder (data.path=/where/it/is)"
         yield Mistake("data.path", "missing", needed)

@@ -81,7 +81,7 @@ class Loop:
         model: The network as `accelerator.prepare` gave it.
         optimizer: As `accelerator.prepare` gave it.
         preprocessing: What photos go through before the encoder.
-        sources: Features by split.
+        sources: Give the features of each split, by its name.
         evaluator: Captions and scores the validation split.
     """
 

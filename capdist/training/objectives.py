@@ -30,8 +30,8 @@ class Window:
     """The micro-batches of one process in one step.
 
     Attributes:
-        batches: On the host.
-        reward_sum: Sum of the rewards of this process's samples.
+        batches: Lie on the host.
+        reward_sum: Sums the rewards of this process's samples.
         num_samples: Captions that were rewarded; 0 where there are no rewards.
     """
 
@@ -54,11 +54,11 @@ class Objective(ABC):
         """Make the objective of a run.
 
         Args:
-            recipe: The recipe of the run.
+            recipe: Gives the settings of the objective.
             data: What the run trains on.
             model: The network, unwrapped.
             source: Gives the features of the training split.
-            accelerator: The processes of this launch.
+            accelerator: Gives device and precision.
         """
 
     @staticmethod
@@ -80,7 +80,7 @@ class Objective(ABC):
         """Return the micro-batches to learn in place of those that were loaded.
 
         Args:
-            step: Index of the step from 0.
+            step: Counts the steps from 0.
             window: As loaded.
         """
         return window
@@ -99,7 +99,7 @@ class Objective(ABC):
 
         Args:
             output: What the network makes of the batch.
-            batch: On the device.
+            batch: Lies on the device.
         """
 
 
@@ -204,7 +204,7 @@ def sample_words(
         decoder: Draws the words.
         features: (B, N, C).
         input_ids: (B·R, T), starting with `<bos>`, which stays.
-        lengths: Words of each caption.
+        lengths: Count the words to read of each caption.
         share: Share of the words that are replaced.
     """
     reading = decoder.read(features, input_ids, lengths)

@@ -43,8 +43,8 @@ class Run:
     """A run that this launch holds; see `Run.open`.
 
     Attributes:
-        recipe: The recipe of the run.
-        accelerator: The processes of this launch.
+        recipe: Says what the run trains.
+        accelerator: Gives device and precision, and joins the processes.
         checkpoint: The run continues from it, and every file of it is whole; None where the run begins.
         state: Where the run goes on.
         identity: What makes it this run, once `identify` has found out.
@@ -65,7 +65,7 @@ class Run:
         The lock ends with the context, or with the process.
 
         Args:
-            recipe: The recipe of the run.
+            recipe: Says what the run trains, and names its folder.
             accelerator: The processes of this launch, which all call this together.
             resume: Whether to continue the run that is in the folder.
 

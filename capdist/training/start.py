@@ -45,7 +45,7 @@ def build_network(recipe: Recipe, vocabulary: Vocabulary, checkpoint: Path | Non
 
     Args:
         recipe: Says which network, and where its weights come from.
-        vocabulary: The words of the training captions.
+        vocabulary: Holds the words of the training captions.
         checkpoint: The run continues from it, and its encoder may have to fill the feature cache; None for a new run.
 
     Raises:

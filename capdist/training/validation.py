@@ -33,7 +33,7 @@ class Validation:
         model: The network, unwrapped.
         preprocessing: What photos go through; it travels in the model folder.
         source: Features of the split, or None if there is no such split.
-        evaluator: Captions and scores.
+        evaluator: Captions the split and scores the captions.
         average: Average of the weights, scored and kept in their place; None = the weights themselves.
     """
 

@@ -50,7 +50,7 @@ def fold_norms(network: nn.Module) -> None:
     """Scale the weights of convolutions once and for all, and drop the norms behind them.
 
     Args:
-        network: In evaluation mode.
+        network: Must be in evaluation mode.
     """
     join_norms(network)
     rest: dict[nn.Module, nn.Module] = {}
@@ -69,7 +69,7 @@ class NormedConv2d(nn.Conv2d):
 
     Args:
         convolution: The one to stand in for; this one takes its parameters.
-        norm: The stand-in for the norm behind it.
+        norm: Stands in for the norm behind it.
     """
 
     def __init__(self, convolution: nn.Conv2d, norm: AppliedNorm2d) -> None:
@@ -164,7 +164,7 @@ def find_pairs(network: nn.Module) -> list[Pair]:
     pairs.
 
     Args:
-        network: In evaluation mode.
+        network: Must be in evaluation mode.
     """
     graph = _trace(network)
     if graph is None:

@@ -34,7 +34,7 @@ class Packing(NamedTuple):
 
         Args:
             lengths: (rows,) Words of each caption, on the host; 0 for a row without a caption.
-            width: T of the padded batch.
+            width: T, to which the batch is padded.
             device: Where the indices go.
         """
         # A stable sort: the same batch gives the same order, and so the same sums, on every machine.
