@@ -1,6 +1,7 @@
 """The recipe: every key of a run, typed and closed. A key that is not declared here is a mistake.
 
-A recipe is a YAML file under `configs/`; `section.key=value` on the command line overrides it: see `recipe_file`.
+A recipe is a YAML file under `configs/`, and `section.key=value` on the command line overrides it; see
+`capdist.recipe.reading`.
 """
 
 from __future__ import annotations
