@@ -21,7 +21,7 @@ Colour = tuple[int, int, int]
 Point = tuple[float, float]
 
 SPLIT_SIZES = {"train": 2_000, "validation": 200, "test": 200}
-IMAGE_SIZE = 64
+IMAGE_SIZE = 128
 CAPTIONS_PER_SCENE = 5
 
 COLOURS = {
@@ -42,21 +42,27 @@ BACKGROUNDS = {
     "snow": "in the snow",
     "paper": "on squared paper",
 }
-# Backgrounds from top to bottom: share of the height, colour at the upper edge, colour at the lower edge.
-_BANDS: dict[str, list[tuple[float, Colour, Colour]]] = {
-    "meadow": [(0.5, (150, 205, 245), (215, 238, 250)), (0.5, (150, 212, 100), (110, 185, 75))],
-    "beach": [
-        (0.35, (175, 220, 245), (225, 243, 250)),
-        (0.25, (40, 150, 185), (110, 205, 215)),
-        (0.40, (238, 218, 165), (225, 196, 135)),
+# Backgrounds are painted from top to bottom: share of the height where a band begins, height of the waves of that line,
+# colour at the line, colour at the lower edge of the picture.
+_BANDS: dict[str, list[tuple[float, float, Colour, Colour]]] = {
+    "meadow": [
+        (0.0, 0.0, (140, 198, 245), (245, 250, 252)),
+        (0.48, 0.025, (165, 222, 115), (125, 195, 85)),
+        (0.66, 0.02, (140, 208, 95), (95, 170, 65)),
     ],
-    "night": [(1.0, (14, 18, 52), (44, 46, 98))],
-    "sunset": [(0.7, (125, 95, 150), (255, 190, 140)), (0.3, (205, 120, 115), (150, 85, 105))],
-    "snow": [(0.4, (165, 180, 200), (205, 215, 226)), (0.6, (236, 241, 248), (222, 230, 242))],
-    "paper": [(1.0, (250, 246, 228), (250, 246, 228))],
+    "beach": [
+        (0.0, 0.0, (165, 214, 245), (250, 250, 250)),
+        (0.35, 0.0, (40, 150, 185), (175, 240, 235)),
+        (0.60, 0.015, (245, 228, 180), (222, 192, 130)),
+    ],
+    "night": [(0.0, 0.0, (14, 18, 52), (50, 52, 108))],
+    "sunset": [(0.0, 0.0, (115, 90, 150), (255, 205, 150)), (0.7, 0.012, (190, 105, 110), (135, 75, 100))],
+    "snow": [(0.0, 0.0, (150, 168, 192), (225, 233, 240)), (0.42, 0.025, (240, 244, 250), (218, 228, 241))],
+    "paper": [(0.0, 0.0, (250, 246, 228), (250, 246, 228))],
 }
+_DOTS = {"night": (34, (235, 235, 205)), "snow": (44, (250, 252, 255))}  # stars and flakes: how many, their colour
 # How often each layout is drawn, in percent. Most scenes have two shapes and one relation; the others add variety.
-LAYOUTS = {"left": 38, "above": 30, "inside": 14, "single": 8, "row": 10}
+LAYOUTS = {"left": 34, "above": 27, "inside": 13, "single": 16, "row": 10}
 SIZES = {"large": ("large", "big"), "small": ("small", "little")}
 
 _SCALE = 3  # drawn this many times larger, then reduced: smooth edges
@@ -192,14 +198,14 @@ def _sentences_for_two(scene: Scene, rng: random.Random, place: str) -> list[str
 
 def _sentences_for_three(shapes: tuple[Shape, ...], rng: random.Random, place: str) -> list[str]:
     one, two, three = (shape.words() for shape in shapes)
-    plain = f"{one}, {two} and {three} {place}"
+    plain = f"{one} beside {two} and {three} {place}"
     return [
         plain,
         f"there is {plain}",
-        f"{one}, {two} and {three} in a row {place}",
+        f"{one} beside {two} and {three} in a row {place}",
         f"{two} between {one} and {three} {place}",
-        f"{place} there is {one}, {two} and {three}",
-        f"three shapes, {plain}",
+        f"{place} there is {one} beside {two} and {three}",
+        f"{one} and {two} and {three} {place}",
     ]
 
 
@@ -210,46 +216,56 @@ def _sized(shape: Shape, rng: random.Random) -> str:
 # --- pixels -----------------------------------------------------------------------------------------------
 
 
-def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw `scene` as an RGB image of `IMAGE_SIZE` x `IMAGE_SIZE`; `rng` moves the shapes a little."""
-    canvas = _background(scene.background).copy()
+def draw_scene(scene: Scene, rng: random.Random, side: int = IMAGE_SIZE) -> Image.Image:
+    """Draw a scene.
+
+    Args:
+        scene: What to draw.
+        rng: Moves the shapes and changes their sizes a little.
+        side: Width and height in pixels. The same `rng` gives the same drawing at every size.
+
+    Returns:
+        An RGB image of `side` x `side` pixels.
+    """
+    canvas = _background(scene.background, side * _SCALE).copy()
     pen = ImageDraw.Draw(canvas)
     edge = _LIGHT if scene.background == "night" else _DARK
     placed = list(zip(scene.shapes, _places(scene, rng), strict=True))
     for shape, (centre, radius) in reversed(placed):  # what is inside something is drawn after it
-        _draw_shape(pen, shape, centre, radius, edge)
+        _draw_shape(pen, canvas.width, shape, centre, radius, edge)
     return canvas.reduce(_SCALE)
 
 
 def _places(scene: Scene, rng: random.Random) -> Iterator[tuple[Point, float]]:
-    """Yield centre and radius of each shape in pixels of the finished image."""
+    """Yield centre and radius of each shape as shares of the side."""
 
     def jitter(centre: float, reach: float) -> float:
         return centre + rng.uniform(-reach, reach)
 
     if scene.layout == "inside":
-        middle = (jitter(32, 5), jitter(32, 5))
-        yield middle, jitter(9.5, 0.5)
-        yield middle, jitter(24, 1.5)
+        middle = (jitter(0.5, 0.07), jitter(0.5, 0.07))
+        yield middle, jitter(0.175, 0.008)
+        yield middle, jitter(0.375, 0.023)
         return
     centres = {
-        "single": [(jitter(32, 12), jitter(32, 12))],
-        "left": [(jitter(16.5, 1.5), jitter(32, 7)), (jitter(47.5, 1.5), jitter(32, 7))],
-        "above": [(jitter(32, 7), jitter(16.5, 1.5)), (jitter(32, 7), jitter(47.5, 1.5))],
-        "row": [(jitter(x, 0.7), jitter(32, 6)) for x in (11, 32, 53)],
+        "single": [(jitter(0.5, 0.19), jitter(0.5, 0.19))],
+        "left": [(jitter(0.258, 0.023), jitter(0.5, 0.11)), (jitter(0.742, 0.023), jitter(0.5, 0.11))],
+        "above": [(jitter(0.5, 0.11), jitter(0.258, 0.023)), (jitter(0.5, 0.11), jitter(0.742, 0.023))],
+        "row": [(jitter(x, 0.01), jitter(0.5, 0.09)) for x in (0.172, 0.5, 0.828)],
     }[scene.layout]
     for shape, centre in zip(scene.shapes, centres, strict=True):
-        yield centre, jitter(13.5 if shape.size == "large" else 9.0, 0.5)
+        yield centre, jitter(0.21 if shape.size == "large" else (0.145 if scene.layout == "row" else 0.155), 0.007)
 
 
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: Shape, centre: Point, radius: float, edge: Colour) -> None:
-    (x, y), r = (centre[0] * _SCALE, centre[1] * _SCALE), radius * _SCALE
-    fill, line = COLOURS[shape.colour], _SCALE
+def _draw_shape(pen: ImageDraw.ImageDraw, side: int, shape: Shape, centre: Point, radius: float, edge: Colour) -> None:
+    x, y, r = (share * side for share in (*centre, radius))
+    fill, line = COLOURS[shape.colour], round(0.016 * side)
     if shape.form == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill, edge, line)
     elif shape.form == "ring":  # an edge, a band of colour and an edge again; what lies behind shows in the hole
-        pen.ellipse((x - r, y - r, x + r, y + r), None, edge, round(r * 0.45) + line)
-        pen.ellipse((x - r + line, y - r + line, x + r - line, y + r - line), None, fill, round(r * 0.45) - line)
+        band = round(r * 0.4)
+        pen.ellipse((x - r, y - r, x + r, y + r), None, edge, band + line)
+        pen.ellipse((x - r + line, y - r + line, x + r - line, y + r - line), None, fill, band - line)
     else:
         pen.polygon([(x + r * a, y + r * b) for a, b in _outline(shape.form)], fill, edge, line)
 
@@ -262,10 +278,10 @@ def _outline(form: str) -> list[Point]:
     if form == "triangle":
         return [(0, -0.95), (1, 0.8), (-1, 0.8)]
     if form == "cross":
-        arm = [(-0.34, -1.0), (0.34, -1.0), (0.34, -0.34)]
+        arm = [(-0.3, -1.0), (0.3, -1.0), (0.3, -0.3)]
         return [point for quarter in range(4) for point in (_turned(corner, quarter * 90) for corner in arm)]
     assert form == "star"
-    return [_turned((0, -1.1 if corner % 2 == 0 else -0.46), corner * 36) for corner in range(10)]
+    return [_turned((0, -1.1 if corner % 2 == 0 else -0.44), corner * 36) for corner in range(10)]
 
 
 def _turned(point: Point, degrees: float) -> Point:
@@ -274,23 +290,32 @@ def _turned(point: Point, degrees: float) -> Point:
 
 
 @cache
-def _background(name: str) -> Image.Image:
-    """Return the empty canvas of a background, `_SCALE` times the final size."""
-    side = IMAGE_SIZE * _SCALE
+def _background(name: str, side: int) -> Image.Image:
+    """Return the empty canvas of a background."""
     canvas = Image.new("RGB", (side, side))
-    pen = ImageDraw.Draw(canvas)
-    bottom = 0
-    for height, above, below in _BANDS[name]:
-        top, bottom = bottom, round(bottom + height * side)
-        for row in range(top, bottom):
-            share = (row - top) / (bottom - top)
-            colour = tuple(round(a + (b - a) * share) for a, b in zip(above, below, strict=True))
-            pen.line((0, row, side, row), colour)
-    rng = random.Random("stars")
-    for _ in range(26 if name == "night" else 0):
-        x, y, r = rng.uniform(0, side), rng.uniform(0, side), rng.choice((1.0, 1.5, 2.0))
-        pen.ellipse((x - r, y - r, x + r, y + r), (235, 235, 205))
-    for at in range(12, side if name == "paper" else 0, 24):
-        pen.line((at, 0, at, side), (185, 200, 222), 2)
-        pen.line((0, at, side, at), (185, 200, 222), 2)
+    for band in _BANDS[name]:
+        _paint_band(canvas, *band)
+    pen, rng = ImageDraw.Draw(canvas), random.Random("dots")
+    count, colour = _DOTS.get(name, (0, _LIGHT))
+    for _ in range(count):
+        x, y, r = rng.uniform(0, side), rng.uniform(0, side), side * rng.uniform(0.004, 0.01)
+        pen.ellipse((x - r, y - r, x + r, y + r), colour)
+    for number in range(8 if name == "paper" else 0):
+        at = (number + 0.5) * side / 8
+        pen.line((at, 0, at, side), (185, 200, 222), round(0.01 * side))
+        pen.line((0, at, side, at), (185, 200, 222), round(0.01 * side))
     return canvas
+
+
+def _paint_band(canvas: Image.Image, top: float, wave: float, above: Colour, below: Colour) -> None:
+    """Paint all that lies below a wavy line, from one colour at the line to another at the lower edge."""
+    side = canvas.width
+    first = math.floor((top - wave) * side)
+    colours, mask = Image.new("RGB", (side, side)), Image.new("L", (side, side))
+    pen = ImageDraw.Draw(colours)
+    for row in range(first, side):
+        share = (row - first) / (side - first)
+        pen.line((0, row, side, row), tuple(round(a + (b - a) * share) for a, b in zip(above, below, strict=True)))
+    line = [(x, side * (top + wave * math.sin(7 * x / side + 20 * top))) for x in range(side + 1)]
+    ImageDraw.Draw(mask).polygon([*line, (side, side), (0, side)], 255)
+    canvas.paste(colours, mask=mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from capdist.data.splits import PreparedData, Split
 from capdist.distributed.launch import on_main
 from capdist.evaluation.evaluator import FAST_METRICS, Evaluation, Evaluator
 from capdist.features.source import FeatureSource
-from capdist.inference.pictures import save_samples
+from capdist.inference.captioner import Captioner
+from capdist.inference.pictures import STRIP_WORDS, Looks, Sample, save_samples
+from capdist.metrics.coco import score_captions
+from capdist.metrics.ptb import tokenize
 from capdist.metrics.scorer import CaptionScorer
 from capdist.model_folder import load_pretrained, update_metrics
 from capdist.recipe.sections import Recipe
@@ -47,7 +50,9 @@ def final_report(
         update_metrics(replace(trained, metrics={**trained.metrics, "split": split.name, **evaluation.metrics}), folder)
         title = f"{recipe.run.name}: {split.name} split"
         print_scores(f"{title}, {evaluator.options}", evaluation.metrics, constant_baseline(data, split))
-        show_samples(split, evaluation, recipe.run_folder / "samples.png", title)
+        samples = pick_samples(split, evaluation, trained.preprocessing.image_size)
+        looks = look_at_longest(Captioner(trained, accelerator.device), samples.values())
+        show_samples(samples, looks, recipe.run_folder / "samples.png", title)
 
     on_main(accelerator, show)
     return split.name, evaluation.metrics
@@ -85,18 +90,50 @@ def print_scores(title: str, metrics: Mapping[str, Any], constant: tuple[str, Ma
         console.print(f"meteor: {metrics['meteor_reason']}")
 
 
-def show_samples(split: Split, evaluation: Evaluation, path: Path, title: str) -> None:
-    """Print captions of a few images, evenly spread over the split, and save them as a picture."""
+def pick_samples(split: Split, evaluation: Evaluation, image_size: int) -> dict[str, Sample]:
+    """Return a few images, evenly spread over the split whatever their captions are, with captions and scores.
+
+    Args:
+        split: The split that was captioned.
+        evaluation: Its captions.
+        image_size: Pixels a side that the model sees; large photos are decoded for it, and still sharp in a picture.
+
+    Returns:
+        Samples by image id. The reference is the first of the image; scores are those of the caption alone.
+    """
     rows = split.scored_rows
-    rows = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES]
-    console = results()
-    for row in rows:
-        image_id = split.image_ids[row]
-        console.print(f"{image_id}: {evaluation.captions[image_id]}")
-    save_samples(
-        [open_photo(split.photos[row]) for row in rows],
-        [evaluation.captions[split.image_ids[row]] for row in rows],
-        path,
-        title,
+    scores = score_captions(
+        [tokenize(evaluation.captions[split.image_ids[row]]) for row in rows],
+        [[tokenize(caption) for caption in split.references[row]] for row in rows],
     )
+    samples = {}
+    for row, score in [*zip(rows, scores, strict=True)][:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES]:
+        image_id = split.image_ids[row]
+        samples[image_id] = Sample(
+            photo=open_photo(split.photos[row], image_size),
+            caption=evaluation.captions[image_id],
+            reference=split.references[row][0],
+            score=f"BLEU-4 {score['bleu_4']:.2f}, CIDEr-D {score['cider']:.1f}",
+        )
+    return samples
+
+
+def look_at_longest(captioner: Captioner, samples: Iterable[Sample]) -> Looks:
+    """Caption the photo with the longest caption that fits into a strip again, and return what each word looked at.
+
+    Where a run computes in less than float32, a word may differ from the caption of the sample.
+    """
+    longest = max(samples, key=lambda sample: (words := len(sample.caption.split())) * (words <= STRIP_WORDS))
+    (caption,) = captioner.caption(longest.photo, return_attention=True)
+    assert caption.attention is not None
+    return Looks(longest.photo, caption.words, caption.attention)
+
+
+def show_samples(samples: Mapping[str, Sample], looks: Looks, path: Path, title: str) -> None:
+    """Print captions of a few images, each with a reference and scores, and save them as a picture."""
+    console = results()
+    for image_id, sample in samples.items():
+        console.print(f"{image_id}: {sample.caption}", soft_wrap=True)
+        console.print(f"    reference: {sample.reference} ({sample.score})", soft_wrap=True)
+    save_samples([*samples.values()], path, title, looks)
     console.print(f"pictures: {path}")

@@ -48,6 +48,23 @@ def score_cider(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Toke
     return {"cider": float(score)}
 
 
+def score_captions(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[dict[str, float]]:
+    """Return `bleu_4` and `cider` of each caption alone, in their order.
+
+    CIDEr-D counts in how many of all these images a word is mentioned, so its mean is `score_cider` of the same
+    images. The BLEU-4 of a caption without a matching 4-gram is almost 0, and its mean is not `score_bleu`.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+
+    tables = _tables(hypotheses, references)
+    _, bleu = Bleu(4).compute_score(*tables, verbose=0)
+    cider = [0.0] * len(hypotheses)
+    if any(caption for captions in references for caption in captions):
+        _, cider = Cider().compute_score(*tables)
+    return [{"bleu_4": float(b), "cider": float(c)} for b, c in zip(bleu[3], cider, strict=True)]
+
+
 def score_meteor(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Scores:
     """Return `meteor`, 0..1, or None together with `meteor_reason` where Java is missing or fails."""
     from capdist.metrics.meteor import meteor

@@ -56,7 +56,7 @@ def test_pictures_are_small_rgb_and_all_different() -> None:
     assert len(set(contents)) == len(contents)
     for content in contents[::300]:
         picture = Image.open(io.BytesIO(content))
-        assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (64, 64))
+        assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (128, 128))
 
 
 def test_no_scene_twice_not_even_in_another_split() -> None:
@@ -109,12 +109,12 @@ def test_shapes_stand_where_the_words_say() -> None:
         for scene in split[:100]:
             centres, radii = zip(*scenes._places(scene, random.Random(1)), strict=True)
             for (x, y), radius in zip(centres, radii, strict=True):
-                assert radius < x < 64 - radius
-                assert radius < y < 64 - radius
+                assert radius < x < 1 - radius
+                assert radius < y < 1 - radius
             if scene.layout == "left":
-                assert centres[0][0] + radii[0] < centres[1][0] - radii[1] + 4
+                assert centres[0][0] + radii[0] < centres[1][0] - radii[1] + 4 / 64
             if scene.layout == "above":
-                assert centres[0][1] + radii[0] < centres[1][1] - radii[1] + 4
+                assert centres[0][1] + radii[0] < centres[1][1] - radii[1] + 4 / 64
 
 
 def test_vocabulary_is_small() -> None:
