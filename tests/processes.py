@@ -23,7 +23,7 @@ SMALL = (
     "text.min_frequency=1", "text.max_length=12",
     "encoder.name=resnet18", "encoder.weights=none", "encoder.last_block=layer1", "decoder.embed_size=16",
     "decoder.hidden_size=24", "decoder.attention_size=16", "evaluation.beam_size=2", "evaluation.batch_size=8",
-    "encoder.batch_size=8", "run.threads=1", "tracking.with=[]",
+    "encoder.batch_size=8", "run.threads=1", "tracking.with=[]", "training.encoder_learning_rate=null",
 )  # fmt: skip
 """Overrides that make a run small."""
 

@@ -55,6 +55,7 @@ def arguments(drawn: Path, tmp_path: Path) -> list[str]:
     """Overrides of a recipe that caches 10 training and 5 validation photos in float32, encoded four at a time."""
     cached = (
         "encoder.trainable_from=null",
+        "training.encoder_learning_rate=null",
         "encoder.batch_norm=frozen",
         "encoder.precision=no",
         "encoder.batch_size=4",
