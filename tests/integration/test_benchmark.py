@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,9 +126,3 @@ def test_made_up_captions_are_as_long_as_those_of_flickr8k() -> None:
     assert table.num_cut / 20_000 == pytest.approx(cut, abs=0.005)
     assert max(labels) == 21
     assert (table.ids[table.caption_starts[1:] - 1] == 2).sum() == 20_000 - table.num_cut
-
-
-def test_the_textbook_is_found(tmp_path: Path) -> None:
-    from capdist.benchmark.workload import textbook
-
-    assert textbook().GRID == 14
