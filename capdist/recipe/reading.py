@@ -122,6 +122,7 @@ def load_stages(path: str | Path, overrides: Sequence[str] = (), *, is_saved: bo
     values, overrides, renamed = with_new_names(values, places, overrides)
     if not is_saved:
         tell_renamed(renamed)
+    _leave_out_other_decoders(values.get("decoder"), overrides)
     stages = values.pop("stages", None)
     if stages is None:
         for override in overrides:
@@ -258,24 +259,27 @@ def _apply_override(
         section[parts[1]] = _read_value(text, for_text=_takes_text(parts[0], parts[1]))
         places[parts] = place
         places.setdefault(parts[:1], place)
-        if parts == ("decoder", "name"):
-            _drop_other_decoders_keys(section, places)
 
 
-def _drop_other_decoders_keys(decoder: dict[str, Any], places: Places) -> None:
-    """Drop the keys that a file sets for another decoder than the one that the command line chooses, with a line."""
-    chosen = DECODER_SECTIONS.get(str(decoder["name"]))
-    if chosen is None:
-        return  # told elsewhere
-    others = {key for section in DECODER_SECTIONS.values() for key in section.model_fields} - chosen.model_fields.keys()
-    foreign = [
-        key for key in decoder if key in others and not places.get(("decoder", key), "").startswith(COMMAND_LINE)
-    ]
+def _leave_out_other_decoders(decoder: Any, overrides: Sequence[str]) -> None:
+    """Drop the keys that a file sets for another decoder than the one that the command line chooses, with a line.
+
+    Args:
+        decoder: The section as the file has it; changed in place.
+        overrides: The command line's.
+    """
+    keys_and_values = (override.partition("=")[::2] for override in overrides)
+    named = [name.strip() for key, name in keys_and_values if key.strip() == "decoder.name"]
+    chosen = DECODER_SECTIONS.get(named[-1]) if named else None
+    if chosen is None or not isinstance(decoder, dict):
+        return  # nothing to choose, or a mistake that is told elsewhere
+    known = {key for section in DECODER_SECTIONS.values() for key in section.model_fields}
+    foreign = [key for key in decoder if key in known - chosen.model_fields.keys()]
     for key in foreign:
         del decoder[key]
     if foreign:
         dropped = ", ".join(f"decoder.{key}" for key in foreign)
-        say_once(f"decoder.name={decoder['name']} has no {dropped}; the values of the recipe are left out")
+        say_once(f"decoder.name={named[-1]} has no {dropped}; the values of the recipe are left out")
 
 
 def _read_value(text: str, *, for_text: bool) -> Any:

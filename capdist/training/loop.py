@@ -161,8 +161,8 @@ class Loop:
         """Take all remaining steps.
 
         Args:
-            tracking: Hears of the run.
-            signals: May ask to stop.
+            tracking: Gets every line of the log.
+            signals: Tell whether to stop.
 
         Returns:
             The state at the end.
