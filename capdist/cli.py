@@ -17,7 +17,7 @@ import typer
 from capdist.arguments import HELP_OPTIONS, Config, Debug, Overrides, Quiet, complete_recipe, run_command
 from capdist.console import set_up_output
 from capdist.errors import DataError, Mistake, UsageError, run_program
-from capdist.recipe.sections import SearchSettings
+from capdist.recipe.search import SearchSettings
 from capdist.train_options import TrainCommand, TrainOptions, train_command
 from capdist.version import __version__
 

@@ -21,16 +21,11 @@ from capdist.decoding import SearchOptions
 from capdist.errors import CapdistError, CheckpointError, StorageError, reason_of, show_value
 from capdist.files import set_aside, staged_folder, write_atomically
 from capdist.models.caption_model import CaptionModel, build_model
+from capdist.recipe.decoders import AnyDecoderSection, DecoderSection
 from capdist.recipe.old_names import rename_old_keys
-from capdist.recipe.sections import (
-    AnyDecoderSection,
-    DecoderSection,
-    EncoderSection,
-    ImageSize,
-    Positive,
-    SearchSettings,
-    Section,
-)
+from capdist.recipe.rules import ImageSize, Positive, Section
+from capdist.recipe.search import SearchSettings
+from capdist.recipe.sections import EncoderSection
 from capdist.text.vocabulary import Vocabulary
 from capdist.version import __version__
 

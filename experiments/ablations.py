@@ -29,7 +29,8 @@ import yaml
 from capdist.distributed.launch import available_processors
 from capdist.errors import UsageError, run_program
 from capdist.recipe.reading import load_recipe, load_stages
-from capdist.recipe.sections import Key, Recipe
+from capdist.recipe.rules import Key
+from capdist.recipe.sections import Recipe
 from capdist.training.checkpoints import recipe_differences
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,8 @@ from capdist.inference.captioner import Captioner
 from capdist.inference.writing import write_captions
 from capdist.metrics.scorer import CaptionScorer
 from capdist.model_folder import search_options
-from capdist.recipe.sections import DataSection, SearchSettings
+from capdist.recipe.search import SearchSettings
+from capdist.recipe.sections import DataSection
 
 BATCH = 50
 TRIED: dict[str, list[Any]] = {

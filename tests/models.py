@@ -12,7 +12,7 @@ from capdist.models import DECODERS
 from capdist.models.caption_model import CaptionModel, Output
 from capdist.models.decoder import Decoder
 from capdist.models.encoder import Backbone, Encoder
-from capdist.recipe.sections import DECODER_SECTIONS
+from capdist.recipe.decoders import DECODER_SECTIONS
 from capdist.text.vocabulary import IGNORED_LABEL
 from capdist.training.objectives import cross_entropy
 

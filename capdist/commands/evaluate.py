@@ -20,7 +20,8 @@ from capdist.files import write_atomically
 from capdist.inference.captioner import Captioner
 from capdist.metrics import TOKENISER
 from capdist.recipe.reading import recipe_from_dict
-from capdist.recipe.sections import DataSection, SearchSettings
+from capdist.recipe.search import SearchSettings
+from capdist.recipe.sections import DataSection
 from capdist.version import __version__
 
 logger = logging.getLogger(__name__)

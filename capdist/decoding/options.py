@@ -8,7 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from capdist.errors import Mistake, UsageError
-from capdist.recipe.sections import NotNegative, Positive, SearchSettings, usage_error
+from capdist.recipe.rules import NotNegative, Positive, usage_error
+from capdist.recipe.search import SearchSettings
 
 
 class SearchOptions(SearchSettings):

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from capdist.models import DECODERS
 from capdist.models.decoder import Decoder
 from capdist.models.encoder import Encoder, build_backbone
-from capdist.recipe.sections import DecoderSection, EncoderSection
+from capdist.recipe.decoders import DecoderSection
+from capdist.recipe.sections import EncoderSection
 
 Rewrite = Callable[[Decoder[Any], Tensor, Tensor, Sequence[int]], Tensor]
 """Takes decoder, features (B, N, C), input ids (B·R, T) and their lengths; returns the ids to read instead."""

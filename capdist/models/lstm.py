@@ -16,7 +16,7 @@ from capdist.models.attention import ATTENTIONS, Look, Memory
 from capdist.models.decoder import Decoder, Reading, rows_of
 from capdist.models.fast.packing import Packing
 from capdist.models.fast.step_products import StepLinear
-from capdist.recipe.sections import SoftAttentionSection
+from capdist.recipe.decoders import SoftAttentionSection
 
 Products = tuple[StepLinear, StepLinear]
 """The layers that every step applies: one to the hidden state, one to the context."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capdist.models.decoder import Decoder, Reading, rows_of
-from capdist.recipe.sections import TransformerSection
+from capdist.recipe.decoders import TransformerSection
 
 Pair = tuple[Tensor, Tensor]
 """Keys and values."""

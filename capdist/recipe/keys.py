@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from capdist.errors import UsageError, nearest
-from capdist.recipe.sections import Recipe, Section, section_classes
+from capdist.recipe.rules import Section
+from capdist.recipe.sections import Recipe, section_classes
 
 WIDEST = 100
 """Columns that a line fills at most, on a terminal however wide."""

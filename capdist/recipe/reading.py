@@ -19,18 +19,11 @@ from pydantic_core import ErrorDetails
 
 from capdist.errors import Mistake, UsageError, nearest_name, show_value
 from capdist.files import write_atomically
+from capdist.recipe.decoders import DECODER_SECTIONS
 from capdist.recipe.names import find_recipe, say_once
 from capdist.recipe.old_names import RENAMED_KEYS, tell_renamed, with_new_names
-from capdist.recipe.sections import (
-    DECODER_SECTIONS,
-    Recipe,
-    keys_of,
-    recipe_keys,
-    section_class,
-    section_classes,
-    start_in_own_folder,
-    wrong_value,
-)
+from capdist.recipe.rules import keys_of, wrong_value
+from capdist.recipe.sections import Recipe, recipe_keys, section_class, section_classes, start_in_own_folder
 from capdist.recipe.stages import (
     COMMAND_LINE,
     Places,

@@ -7,73 +7,41 @@ A recipe is a YAML file under `configs/`, and `section.key=value` on the command
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializeAsAny,
-    ValidationError,
-    model_validator,
+from pydantic import Field, model_validator
+
+from capdist.errors import Mistake, UsageError
+from capdist.recipe.decoders import (
+    DECODER_SECTIONS,
+    AnyDecoderSection,
+    DecoderSection,
+    SoftAttentionSection,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails, InitErrorDetails
-
-from capdist.errors import Mistake, UsageError, show_value
-
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(min_length=1)]
-ImageSize = Annotated[int, Field(ge=32, le=2048)]
-Rate = Annotated[float, Field(gt=0, le=10)]
-Weight = Annotated[float, Field(ge=0)]
-PositiveNumber = Annotated[float, Field(gt=0)]
-Decay = Annotated[float, Field(gt=0, lt=1)]
-GridSide = Annotated[int, Field(ge=1, le=64)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """What may happen to a key of a recipe. Every key declares one of these; nothing else decides it.
-
-    Attributes:
-        stages: Whether the stages of a recipe may differ in the key.
-        resume: When `--resume` may change the key: `never`, only while the run is `unfinished`, or `always`.
-        layers: Whether the key shapes the network, so that `training.start_from` needs a model with the same value.
-    """
-
-    stages: bool
-    resume: Literal["never", "unfinished", "always"]
-    layers: bool = False
-
-
-FIXED = Key(stages=False, resume="never")
-"""Part of what a recipe is: data, words, chance."""
-LAYERS = Key(stages=False, resume="never", layers=True)
-"""Part of what the network is."""
-PER_STAGE = Key(stages=True, resume="never")
-"""Part of what one stage of training is."""
-LENGTH = Key(stages=True, resume="unfinished")
-"""How long a stage trains: a run that has not ended may end earlier or later."""
-FREE = Key(stages=True, resume="always")
-"""How a stage is computed or watched: any part of a run may do so differently."""
-PLACE = Key(stages=False, resume="always")
-"""Where a recipe runs, or where its files are. Other weights or captions in these files are found by their digests."""
-
-
-class Section(BaseModel):
-    """One section of a recipe: frozen, strict about types, closed to unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from capdist.recipe.rules import (
+    FIXED,
+    FREE,
+    LAYERS,
+    LENGTH,
+    PER_STAGE,
+    PLACE,
+    Decay,
+    Fraction,
+    GridSide,
+    ImageSize,
+    Key,
+    Name,
+    NotNegative,
+    Positive,
+    PositiveNumber,
+    Rate,
+    Section,
+    Weight,
+    keys_of,
+)
+from capdist.recipe.search import SearchSettings
 
 
 class RunSection(Section):
@@ -176,97 +144,6 @@ class EncoderSection(Section):
     """Recomputes activations of the encoder in the backward pass. It saves memory and takes about a third more time."""
 
 
-class DecoderSection(Section):
-    """The network that turns features into words: the keys that every decoder has."""
-
-    name: Annotated[Name, LAYERS]
-    """Chooses the decoder, and with it the other keys of this section."""
-    dropout: Annotated[Fraction, PER_STAGE] = 0.5
-    """Share of activations that are set to zero in training."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Yield what these keys get wrong together."""
-        yield from ()
-
-
-class SoftAttentionSection(DecoderSection):
-    """An LSTM that looks at the grid by soft attention before each word (Xu et al. 2015, Show, Attend and Tell)."""
-
-    name: Annotated[Literal["soft_attention"], LAYERS] = "soft_attention"
-    """Chooses the LSTM with soft attention."""
-    embed_size: Annotated[Positive, LAYERS] = 512
-    """Dimensions of a word vector."""
-    hidden_size: Annotated[Positive, LAYERS] = 512
-    """Dimensions of the hidden state of the LSTM."""
-    attention_size: Annotated[Positive, LAYERS] = 512
-    """Dimensions in which attention compares a query with the keys of cells."""
-    attention: Annotated[Literal["additive", "dot"], LAYERS] = "additive"
-    """How a query is compared with the cells: `additive` (Bahdanau et al. 2015) or `dot` products (Vaswani et al.
-    2017)."""
-    dropout: Annotated[Fraction, PER_STAGE] = 0.5
-    """Share of word vectors, and of the hidden state before the output layer, that is set to zero in training."""
-    gate: Annotated[bool, LAYERS] = False
-    """Scales what attention saw by a learned gate (beta in Xu et al., section 4.2.1)."""
-    tie_weights: Annotated[bool, LAYERS] = False
-    """Shares one matrix between word vectors and output layer. It needs embed_size = hidden_size."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Yield what these keys get wrong together."""
-        if self.tie_weights and self.embed_size != self.hidden_size:
-            yield Mistake(
-                "decoder.tie_weights",
-                f"needs decoder.embed_size = decoder.hidden_size, found {self.embed_size} and {self.hidden_size}",
-            )
-
-
-class TransformerSection(DecoderSection):
-    """A small Transformer with cross-attention over the grid (Vaswani et al. 2017, Attention Is All You Need)."""
-
-    name: Annotated[Literal["transformer"], LAYERS] = "transformer"
-    """Chooses the Transformer."""
-    hidden_size: Annotated[Positive, LAYERS] = 512
-    """Dimensions of a word vector and of the output of every layer. It must be a multiple of num_heads."""
-    num_layers: Annotated[Positive, LAYERS] = 2
-    """Number of layers, each with self-attention over words and cross-attention over cells."""
-    num_heads: Annotated[Positive, LAYERS] = 8
-    """Number of heads of each attention."""
-    dropout: Annotated[Fraction, PER_STAGE] = 0.1
-    """Share of word vectors, and of the output of each part of a layer, that is set to zero in training."""
-    tie_weights: Annotated[bool, LAYERS] = False
-    """Shares one matrix between word vectors and output layer."""
-
-    def mistakes(self) -> Iterator[Mistake]:
-        """Yield what these keys get wrong together."""
-        if self.hidden_size % self.num_heads:
-            yield Mistake(
-                "decoder.hidden_size",
-                f"{self.hidden_size} is not a multiple of decoder.num_heads = {self.num_heads}; make it one",
-            )
-
-
-DECODER_SECTIONS: dict[str, type[DecoderSection]] = {
-    "soft_attention": SoftAttentionSection,
-    "transformer": TransformerSection,
-}
-"""The keys of each decoder by its name, the default first. A new decoder needs a class of keys and a line here."""
-
-
-def _check_by_name(values: Any) -> Any:
-    """Check the values of a decoder section by the class that their name chooses."""
-    if not isinstance(values, Mapping):
-        return values  # a section that is checked already, or a mistake
-    name = values.get("name", next(iter(DECODER_SECTIONS)))
-    if isinstance(name, str) and name in DECODER_SECTIONS:
-        return DECODER_SECTIONS[name].model_validate(values)
-    known = " or ".join(map(repr, DECODER_SECTIONS))
-    unknown = InitErrorDetails(type="literal_error", loc=("name",), input=name, ctx={"expected": known})
-    raise ValidationError.from_exception_data("decoder", [unknown])
-
-
-AnyDecoderSection = Annotated[SerializeAsAny[DecoderSection], BeforeValidator(_check_by_name)]
-"""The section of any decoder of the table, chosen by its name."""
-
-
 class TrainingSection(Section):
     """How the weights change."""
 
@@ -353,67 +230,6 @@ class ScstSection(Section):
         is_used = recipe.training.objective == "scst"
         if is_used and encoder.batch_norm == "train" and encoder.trainable_from is not None:
             yield Mistake("encoder.batch_norm", "scst learns with the statistics that it samples with", "set frozen")
-
-
-_BEAMS_NEEDED = {"length_penalty": 2, "consensus": 3}
-"""Fewer beams than this leave a setting nothing to rank."""
-
-
-class SearchSettings(Section):
-    """How captions are searched. Recipes, model folders, `Captioner` and the command line all take these settings."""
-
-    beam_size: Annotated[int, Field(ge=1, le=100), PER_STAGE] = 3
-    """Number of beams; 1 is greedy search."""
-    length_penalty: Annotated[float, Field(ge=0, le=5), PER_STAGE] = 0.0
-    """Divides a beam's log-probability by its length to this power; 0 compares probabilities."""
-    no_repeat_ngram: Annotated[NotNegative, PER_STAGE] = 0
-    """Blocks repeated n-grams of this many words; 0 allows them."""
-    consensus: Annotated[PositiveNumber | None, PER_STAGE] = None
-    """Temperature of consensus (MBR) reranking; null picks the most probable candidate. Use about 10 beams."""
-    min_length: Annotated[NotNegative, PER_STAGE] = 0
-    """Fewest words that a caption has."""
-
-    def __str__(self) -> str:
-        """Return what tells this search from others, for the title of a table."""
-        others = [name for name in SearchSettings.model_fields if name != "beam_size" and getattr(self, name)]
-        changed = [f"{name.replace('_', ' ')} {getattr(self, name):g}" for name in others]
-        return ", ".join([f"beam {self.beam_size}", *changed])
-
-    @property
-    def search(self) -> SearchSettings:
-        """These settings alone, without what a subclass adds."""
-        return SearchSettings(**{name: getattr(self, name) for name in SearchSettings.model_fields})
-
-    def changed(self, **changes: Any) -> Self:
-        """Return the search with some settings replaced.
-
-        Args:
-            changes: Settings by name. None keeps a setting; 0 sets one that may be null to null.
-
-        Raises:
-            UsageError: for an unknown name or a value out of bounds; one line each.
-        """
-        if unknown := [name for name in changes if name not in SearchSettings.model_fields]:
-            known = f"known: {', '.join(SearchSettings.model_fields)}"
-            raise UsageError(*(Mistake(name, "is no search setting", known) for name in unknown))
-        values = {name: value for name, value in changes.items() if value is not None}
-        for name, value in values.items():
-            if value == 0 and SearchSettings.model_fields[name].default is None:
-                values[name] = None
-        try:
-            return type(self).model_validate({**dict(self), **values})
-        except ValidationError as error:
-            raise usage_error(error) from None
-
-    def plain(self) -> Self:
-        """Return the search for the most probable captions, with as many beams and at least as many words."""
-        kept = ("beam_size", "min_length")
-        fields = SearchSettings.model_fields.items()
-        return self.model_copy(update={name: field.default for name, field in fields if name not in kept})
-
-    def idle(self) -> dict[str, int]:
-        """Return the settings that do nothing with so few beams, and how many beams each needs."""
-        return {name: n for name, n in _BEAMS_NEEDED.items() if getattr(self, name) and self.beam_size < n}
 
 
 class EvaluationSection(SearchSettings):
@@ -532,20 +348,6 @@ def start_in_own_folder(recipe: Recipe) -> Iterator[Mistake]:
         yield Mistake("training.start_from", found, "change run.name")
 
 
-def usage_error(error: ValidationError) -> UsageError:
-    """Return the error with one mistake for each value that does not fit its declaration."""
-    details = error.errors(include_url=False)
-    return UsageError(*(Mistake(str(one["loc"][0]), wrong_value(one)) for one in details))
-
-
-def wrong_value(details: ErrorDetails) -> str:
-    """Return what a value must be, and what it is."""
-    message = details["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    message = re.sub(r"^String should match pattern .*", "letters, digits, '.', '-' and '_' only", message)
-    message = re.sub(r"^String should have at least 1 character$", "some text", message)
-    return f"must be {message}, found {show_value(details['input'])}"
-
-
 def section_classes(section: str) -> tuple[type[Section], ...]:
     """Return the classes that may declare the keys of a section: one, or for `decoder` one for each decoder."""
     annotation = Recipe.model_fields[section].annotation
@@ -559,16 +361,6 @@ def section_class(section: str, values: Mapping[str, Any]) -> type[Section]:
     classes, name = section_classes(section), values.get("name")
     chosen = DECODER_SECTIONS.get(name) if isinstance(name, str) else None
     return chosen if chosen in classes else classes[0]
-
-
-def keys_of(section: type[Section]) -> dict[str, FieldInfo]:
-    """Return the declarations of a section by key, as a recipe spells it."""
-    return {field.alias or name: field for name, field in section.model_fields.items()}
-
-
-def rules_of(section: type[Section]) -> dict[str, Key]:
-    """Return what may happen to each key of a section."""
-    return {name: next(m for m in field.metadata if isinstance(m, Key)) for name, field in keys_of(section).items()}
 
 
 def recipe_keys() -> Iterable[tuple[str, str]]:

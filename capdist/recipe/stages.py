@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capdist.errors import Mistake, UsageError, nearest, show_value
-from capdist.recipe.sections import Recipe, rules_of
+from capdist.recipe.rules import rules_of
+from capdist.recipe.sections import Recipe
 
 Places = dict[tuple[str, ...], str]
 """Where each key of a recipe is from: file and line, or the command line."""

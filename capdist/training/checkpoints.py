@@ -25,7 +25,8 @@ from capdist.errors import CheckpointError, reason_of
 from capdist.files import staged_folder
 from capdist.model_folder import sha256
 from capdist.recipe.old_names import rename_old_keys
-from capdist.recipe.sections import FIXED, Key, Recipe, rules_of, section_class
+from capdist.recipe.rules import FIXED, Key, rules_of
+from capdist.recipe.sections import Recipe, section_class
 from capdist.training.averaging import WeightAverage
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"

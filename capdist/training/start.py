@@ -14,7 +14,8 @@ from capdist.data.captions import seed_of
 from capdist.errors import CheckpointError, Mistake, UsageError
 from capdist.model_folder import TrainedModel, load_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
-from capdist.recipe.sections import Recipe, rules_of
+from capdist.recipe.rules import rules_of
+from capdist.recipe.sections import Recipe
 from capdist.text.vocabulary import Vocabulary
 from capdist.training import OBJECTIVES
 from capdist.training.checkpoints import (

@@ -16,7 +16,9 @@ from capdist import cli
 from capdist.data.images import Preprocessing
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import build_model
-from capdist.recipe.sections import EncoderSection, SearchSettings, SoftAttentionSection
+from capdist.recipe.decoders import SoftAttentionSection
+from capdist.recipe.search import SearchSettings
+from capdist.recipe.sections import EncoderSection
 from capdist.text.vocabulary import Vocabulary
 from tests.conftest import draw_photos
 from tests.processes import REPOSITORY

@@ -13,8 +13,10 @@ import pytest
 from pydantic import ValidationError
 
 from capdist.errors import Mistake, UsageError
+from capdist.recipe.decoders import DECODER_SECTIONS
 from capdist.recipe.reading import load_recipe, load_stages, recipe_from_dict, save_recipe
-from capdist.recipe.sections import DECODER_SECTIONS, Recipe, Section, keys_of, recipe_keys, section_classes
+from capdist.recipe.rules import Section, keys_of
+from capdist.recipe.sections import Recipe, recipe_keys, section_classes
 
 ROOT = Path(__file__).parents[2]
 KEYS = sorted(recipe_keys())

@@ -12,21 +12,16 @@ import pytest
 
 from capdist.errors import Mistake, UsageError
 from capdist.models import DECODERS
-from capdist.recipe.reading import load_recipe, load_stages, recipe_from_dict, save_recipe
-from capdist.recipe.sections import (
+from capdist.recipe.decoders import (
     DECODER_SECTIONS,
-    FREE,
-    LAYERS,
-    PER_STAGE,
     AnyDecoderSection,
     DecoderSection,
-    Positive,
-    Recipe,
-    Section,
     SoftAttentionSection,
     TransformerSection,
-    recipe_keys,
 )
+from capdist.recipe.reading import load_recipe, load_stages, recipe_from_dict, save_recipe
+from capdist.recipe.rules import FREE, LAYERS, PER_STAGE, Positive, Section
+from capdist.recipe.sections import Recipe, recipe_keys
 from capdist.training.checkpoints import recipe_differences
 from capdist.training.start import _other_layers
 

@@ -11,9 +11,10 @@ import pytest
 
 from capdist import cli
 from capdist.errors import UsageError
+from capdist.recipe.decoders import DECODER_SECTIONS
 from capdist.recipe.keys import KeyText, keys_of, recipe_sections
 from capdist.recipe.reading import recipe_from_dict
-from capdist.recipe.sections import DECODER_SECTIONS, recipe_keys
+from capdist.recipe.sections import recipe_keys
 from tests.processes import REPOSITORY, run, run_on_terminal
 
 KEYS: list[KeyText] = [key for name, section in recipe_sections() for key in keys_of(name, section)]
@@ -72,10 +73,11 @@ def test_what_the_type_says_is_what_a_recipe_takes(key: KeyText) -> None:
 
 
 def test_meanings_are_those_beside_the_declarations() -> None:
-    tree = ast.parse((REPOSITORY / "capdist" / "recipe" / "sections.py").read_text(encoding="utf-8"))
+    files = (REPOSITORY / "capdist" / "recipe").glob("*.py")
     written = {
         " ".join(str(node.value.value).split())
-        for node in ast.walk(tree)
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
     assert all(key.meaning and key.meaning in written for key in KEYS)

@@ -31,7 +31,9 @@ from capdist.model_folder import (
     update_metrics,
 )
 from capdist.models.caption_model import build_model
-from capdist.recipe.sections import EncoderSection, EvaluationSection, SearchSettings, SoftAttentionSection
+from capdist.recipe.decoders import SoftAttentionSection
+from capdist.recipe.search import SearchSettings
+from capdist.recipe.sections import EncoderSection, EvaluationSection
 from capdist.text.vocabulary import Vocabulary
 from tests.conftest import draw_photos
 

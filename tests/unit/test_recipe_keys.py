@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from capdist.recipe.sections import Key, Recipe, keys_of, rules_of, section_classes
+from capdist.recipe.rules import Key, keys_of, rules_of
+from capdist.recipe.sections import Recipe, section_classes
 
 # A row a key: whether stages may differ, when a resumed run may change it, and whether it shapes layers. Written down
 # from the tables, not from the declarations. (The tables had no `decoder.name` among the layers: it had one value.)
@@ -98,7 +99,7 @@ def test_every_key_takes_one_stance(section: str) -> None:
         for name, field in keys_of(one).items():
             stances = [note for note in field.metadata if isinstance(note, Key)]
             assert len(stances) == 1, (
-                f"{one.__name__}.{name} declares {len(stances)} stances; see capdist.recipe.sections.Key"
+                f"{one.__name__}.{name} declares {len(stances)} stances; see capdist.recipe.rules.Key"
             )
 
 

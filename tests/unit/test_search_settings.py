@@ -11,7 +11,8 @@ import pytest
 from capdist import cli
 from capdist.decoding import SearchOptions
 from capdist.errors import UsageError
-from capdist.recipe.sections import EvaluationSection, SearchSettings
+from capdist.recipe.search import SearchSettings
+from capdist.recipe.sections import EvaluationSection
 
 DEFAULTS = {"beam_size": 3, "length_penalty": 0.0, "no_repeat_ngram": 0, "consensus": None, "min_length": 0}
 

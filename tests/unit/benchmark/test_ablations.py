@@ -12,7 +12,8 @@ import pytest
 
 from capdist.errors import UsageError
 from capdist.recipe.reading import load_recipe, save_recipe
-from capdist.recipe.sections import Recipe, rules_of, section_classes
+from capdist.recipe.rules import rules_of
+from capdist.recipe.sections import Recipe, section_classes
 from tests.processes import REPOSITORY, run
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from capdist.models.attention import ATTENTIONS, Attention
-from capdist.recipe.sections import SoftAttentionSection
+from capdist.recipe.decoders import SoftAttentionSection
 
 IMAGES, ROWS, CELLS, CHANNELS, HIDDEN = 2, 3, 5, 6, 8
 

@@ -16,7 +16,7 @@ from capdist.models import DECODERS
 from capdist.models.caption_model import CaptionModel
 from capdist.models.decoder import Reading
 from capdist.models.ensemble import Ensemble
-from capdist.recipe.sections import DECODER_SECTIONS
+from capdist.recipe.decoders import DECODER_SECTIONS
 from capdist.text.vocabulary import IGNORED_LABEL
 from capdist.training.objectives import doubly_stochastic
 from tests.models import loss_of, read, tiny_model

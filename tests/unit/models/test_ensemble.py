@@ -25,7 +25,9 @@ from capdist.model_folder import TrainedModel
 from capdist.models.caption_model import CaptionModel
 from capdist.models.encoder import Backbone, Encoder
 from capdist.models.ensemble import Ensemble
-from capdist.recipe.sections import EncoderSection, SearchSettings, SoftAttentionSection
+from capdist.recipe.decoders import SoftAttentionSection
+from capdist.recipe.search import SearchSettings
+from capdist.recipe.sections import EncoderSection
 from capdist.text.vocabulary import Vocabulary
 from tests.models import tiny_decoder
 from tests.unit.models.plain_decoder import plain_caption

@@ -13,8 +13,10 @@ from capdist.data.images import Preprocessing
 from capdist.errors import CheckpointError
 from capdist.model_folder import TrainedModel, save_pretrained
 from capdist.models.caption_model import CaptionModel, build_model
+from capdist.recipe.decoders import SoftAttentionSection
 from capdist.recipe.reading import save_recipe
-from capdist.recipe.sections import EncoderSection, Recipe, SearchSettings, SoftAttentionSection
+from capdist.recipe.search import SearchSettings
+from capdist.recipe.sections import EncoderSection, Recipe
 from capdist.text.vocabulary import Vocabulary
 from capdist.training.run import refuse_to_skip
 from capdist.training.start import build_network, start_from
